@@ -1,0 +1,289 @@
+"""Every setting of a run, typed, documented and checked. Only the standard library: it imports in milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """Bad input: one line that says what, where, and what is allowed."""
+
+
+def _range(section: str, name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not (low <= value <= high) or math.isnan(value):
+        allowed = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+        raise UserError(f"{section}.{name} = {value!r} is out of range: allowed is {allowed}")
+
+
+class Section:
+    """A part of the config. Subclasses give RANGES: field -> (low, high), both allowed."""
+
+    NAME = ""
+    RANGES: dict[str, tuple[float, float]] = {}
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
+                allowed = ", ".join(map(repr, get_args(hints[f.name])))
+                raise UserError(f"{self.NAME}.{f.name} = {value!r}: allowed are {allowed}")
+        for name, (low, high) in self.RANGES.items():
+            _range(self.NAME, name, getattr(self, name), low, high)
+        for name in [f.name for f in fields(self) if f.name.endswith("_min")]:  # type: ignore[arg-type]
+            low, high = getattr(self, name), getattr(self, name[:-4] + "_max")
+            if low > high:
+                top = name[:-4] + "_max"
+                raise UserError(f"{self.NAME}.{name} = {low!r} is above {self.NAME}.{top} = {high!r}")
+
+
+def doc(text: str, default: Any) -> Any:
+    """A field with its documentation, shown by --help."""
+    return field(default=default, metadata={"doc": text})
+
+
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    NAME = "model"
+    RANGES = {"shift": (0, 100)}
+    family: Literal["embedded", "sd35", "flux", "sdxl"] = doc("teacher family", "embedded")
+    teacher: str = doc("diffusers folder of the teacher; empty: the embedded one", "")
+    shift: float = doc("schedule shift: factor (linear) or mu (exponential)", 3.0)
+    shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
+    steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
+    anchors: Literal["exact", "released"] = doc("FLUX only: exact shift or released integers", "exact")
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    NAME = "data"
+    RANGES = {"batch": (1, 65536)}
+    path: str = doc("image-text source; empty: the embedded emoji", "")
+    batch: int = doc("images an iteration, over all ranks", 32)
+
+
+@dataclass(frozen=True)
+class Train(Section):
+    NAME = "train"
+    RANGES = {
+        "iterations": (1, 10**9), "minutes": (0, 1e6), "gen_every": (1, 1000), "lr": (0, 1), "fake_lr": (0, 1),
+        "disc_lr": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "eps": (0, 1), "weight_decay": (0, 10),
+        "warmup": (0, 10**9), "clip": (0, INF), "fake_warmup": (0, 10**9), "checkpoint_every": (1, 10**9),
+        "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
+    }  # fmt: skip
+    iterations: int = doc("loop iterations; one in gen_every updates the student", 300)
+    minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
+    gen_every: int = doc("TTUR f: iterations per student update", 5)
+    lr: float = doc("learning rate of the student", 5e-5)
+    fake_lr: float = doc("learning rate of the fake score", 2e-4)
+    disc_lr: float = doc("learning rate of the discriminator", 2e-4)
+    beta1: float = doc("AdamW beta1", 0.9)
+    beta2: float = doc("AdamW beta2", 0.999)
+    eps: float = doc("AdamW eps", 1e-8)
+    weight_decay: float = doc("AdamW decoupled weight decay", 0.0)
+    warmup: int = doc("linear learning-rate warm-up, iterations", 0)
+    clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
+    precision: Literal["fp32"] = doc("storage of the trained weights", "fp32")
+    fake_warmup: int = doc("iterations that train the fake alone, at the start", 0)
+    checkpoint_every: int = doc("iterations between checkpoints", 100)
+    keep_last: int = doc("checkpoints kept", 2)
+    max_nonfinite: int = doc("non-finite updates in a row that stop the run", 20)
+    threads: int = doc("CPU threads; 0: torch's default", 0)
+
+
+@dataclass(frozen=True)
+class Dmd(Section):
+    NAME = "dmd"
+    RANGES = {
+        "weight": (0, INF), "t_min": (0, 1), "t_max": (0, 1), "guidance_min": (0, 100), "guidance_max": (0, 100),
+        "eps": (0, 1),
+    }  # fmt: skip
+    weight: float = doc("weight of L_DMD", 1.0)
+    t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "uniform")
+    t_min: float = doc("lowest t of the uniform law, 0 to 1", 0.02)
+    t_max: float = doc("highest t of the uniform law, 0 to 1", 0.98)
+    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+    normaliser: Literal["sample", "batch"] = doc("mean |x - x0_real| per sample or per batch", "sample")
+    eps: float = doc("added to the normaliser", 0.0)
+
+
+@dataclass(frozen=True)
+class Fake(Section):
+    NAME = "fake"
+    RANGES = {"logit_std": (1e-6, 100)}
+    t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "logit-normal")
+    logit_mean: float = doc("mean of the logit-normal law", 0.0)
+    logit_std: float = doc("deviation of the logit-normal law", 1.0)
+
+
+@dataclass(frozen=True)
+class Isg(Section):
+    NAME = "isg"
+    RANGES = {
+        "weight": (0, INF), "margin": (0, 499), "guidance_min": (0, 100), "guidance_max": (0, 100),
+    }  # fmt: skip
+    weight: float = doc("lambda_ISG; 0: off", 1.0)
+    loss: Literal["charbonnier", "l2"] = doc("as released, or the paper's Eq. 12", "charbonnier")
+    midpoint: Literal["uniform", "adaptive"] = doc("law of t_mid; adaptive: by the teacher's xi(t)", "uniform")
+    margin: float = doc("distance of t_mid from the segment's ends, thousandths", 50.0)
+    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+
+
+@dataclass(frozen=True)
+class Ida(Section):
+    NAME = "ida"
+    RANGES = {"lam": (0, 1)}
+    lam: float = doc("phi <- lam phi + (1 - lam) theta; 1: off", 0.97)
+    mode: Literal["fixed", "adaptive"] = doc("fixed lam, or by the measured gap", "fixed")
+
+
+@dataclass(frozen=True)
+class Disc(Section):
+    NAME = "disc"
+    RANGES = {
+        "weight": (0, INF), "size": (14, 4096), "width": (0, 65536), "cmap": (1, 4096), "downsample": (0, 8),
+        "d_weight": (0, INF),
+    }  # fmt: skip
+    kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
+    weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
+    omega: Literal["paper", "released-sd35", "released-sdxl", "one"] = doc("weight over t", "paper")
+    omega_on_d: bool = doc("weigh D's own loss too (released), or not (paper's text)", True)
+    taps: tuple[int, ...] = doc("backbone blocks; -1: patch embedding", (-1, 2, 5, 8))
+    size: int = doc("side of the backbone's input, pixels", 56)
+    width: int = doc("channels inside a head; 0: the backbone's", 64)
+    cmap: int = doc("conditioning channels", 64)
+    downsample: int = doc("stride-2 convolutions of a head", 1)
+    augment: bool = doc("DiffAugment on x (never on r)", True)
+    d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+
+
+@dataclass(frozen=True)
+class Rollout(Section):
+    NAME = "rollout"
+    RANGES = {"backward_prob": (0, 1)}
+    backward_prob: float = doc("probability of backward simulation, else forward noising", 0.5)
+
+
+@dataclass(frozen=True)
+class Ema(Section):
+    NAME = "ema"
+    RANGES = {"decay": (0, 0.999999)}
+    decay: float = doc("EMA of the student per student update; 0: off", 0.9)
+
+
+@dataclass(frozen=True)
+class Eval(Section):
+    NAME = "eval"
+    RANGES = {
+        "every": (1, 10**9), "prompts": (0, 10**6), "grid": (1, 64), "teacher_steps": (1, 1000),
+        "teacher_guidance": (0, 100), "teacher_shift": (0.01, 100),
+    }  # fmt: skip
+    every: int = doc("iterations between evaluations", 50)
+    prompts: int = doc("prompts scored; 0: all of the data set", 0)
+    grid: int = doc("columns of the picture grid", 16)
+    teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)
+    teacher_guidance: float = doc("their guidance", 3.0)
+    teacher_shift: float = doc("their shift", 1.0)
+
+
+@dataclass(frozen=True)
+class Log(Section):
+    NAME = "log"
+    RANGES = {"every": (1, 10**6)}
+    every: int = doc("iterations between drains of the metrics from the device", 10)
+    tensorboard: bool = doc("write TensorBoard events", True)
+    progress: bool = doc("show the progress bar", True)
+
+
+@dataclass(frozen=True)
+class Kernels(Section):
+    NAME = "kernels"
+    strict: bool = doc("an unavailable kernel is an error, not another path", False)
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """A whole run."""
+
+    NAME = "config"
+    RANGES = {"seed": (0, 2**31 - 1)}
+    preset: str = doc("preset this config came from", "tiny")
+    seed: int = doc("seed of every random number", 0)
+    out: str = doc("run folder", "runs/tiny")
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    dmd: Dmd = field(default_factory=Dmd)
+    fake: Fake = field(default_factory=Fake)
+    isg: Isg = field(default_factory=Isg)
+    ida: Ida = field(default_factory=Ida)
+    disc: Disc = field(default_factory=Disc)
+    rollout: Rollout = field(default_factory=Rollout)
+    ema: Ema = field(default_factory=Ema)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+    kernels: Kernels = field(default_factory=Kernels)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON types, sections as nested dicts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def settings(config: Config) -> dict[str, tuple[Any, Any, str]]:
+    """Every leaf of the config: "section.field" -> (type, value, doc), in order of declaration."""
+    found: dict[str, tuple[Any, Any, str]] = {}
+    hints = get_type_hints(Config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Section):
+            inner = get_type_hints(type(value))
+            for g in fields(value):  # type: ignore[arg-type]
+                key = f"{f.name}.{g.name}"
+                found[key] = (inner[g.name], getattr(value, g.name), g.metadata["doc"])
+        else:
+            found[f.name] = (hints[f.name], value, f.metadata["doc"])
+    return found
+
+
+def replace(config: Config, changes: dict[str, Any]) -> Config:
+    """A config with "section.field" -> value changed and checked. Raises UserError for an unknown field."""
+    known = settings(config)
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key not in known:
+            raise UserError(f"unknown field {key!r}: see --help")
+        section, _, name = key.rpartition(".")
+        if section:
+            sections.setdefault(section, {})[name] = value
+        else:
+            top[name] = value
+    for section, values in sections.items():
+        top[section] = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **top)
+
+
+def from_dict(data: dict[str, Any]) -> Config:
+    """The inverse of to_dict. Raises UserError naming an unknown key."""
+    changes: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            changes |= {f"{key}.{k}": tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        else:
+            changes[key] = value
+    return replace(Config(), changes)

@@ -1,0 +1,263 @@
+"""Scores of a student against its teacher: KID and FD on EfficientNet-Lite0 features, patches, text alignment.
+
+    python -m senseflow.evaluate --student runs/tiny              # the table of a finished run
+    python -m senseflow.evaluate --make-reference FOLDER          # teacher's many-step samples and its own scores
+
+KID-Lite0 and FD-Lite0 against the TEACHER's many-step samples of the same prompts are the small analogue of the
+paper's FID-T. They say nothing about published Inception scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senseflow.config import Config, UserError
+from senseflow.data.emoji import load_emoji, to_float, to_uint8
+from senseflow.metrics import (
+    AlignmentModel,
+    ScoreNet,
+    frechet_distance,
+    kid,
+    mean_cosine,
+    patches,
+    recall_at_1,
+    train_alignment,
+)
+from senseflow.models.adapter import Condition
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, teacher_folder
+from senseflow.models.lite0 import load_lite0
+from senseflow.presets import tiny
+from senseflow.sample import load_student, picture_grid, student_samples, teacher_samples
+
+SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
+PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
+STUDENT_SEED, REFERENCE_SEED, TEACHER_SEED = 1, 2, 3  # noises of the two sides are independent
+FEW_STEP_GRID = [(shift, w) for shift in (1.0, 3.0) for w in (1.0, 2.0, 3.0, 4.0)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """kid and patch_kid are 1000 x the unbiased estimate; fd, patch_fd Frechet; r1 in [0, 1]; cosine in [-1, 1]."""
+
+    kid: float
+    fd: float
+    patch_kid: float
+    patch_fd: float
+    r1: float
+    cosine: float
+
+    def cells(self) -> list[str]:
+        return [
+            f"{self.kid:.0f}", f"{self.fd:.1f}", f"{self.patch_kid:.0f}", f"{self.patch_fd:.1f}",
+            f"{self.r1:.3f}", f"{self.cosine:.3f}",
+        ]  # fmt: skip
+
+
+COLUMNS = ["generator", "network calls", "KID x1000", "FD", "patch KID x1000", "patch FD",
+           "text R@1", "text cosine"]  # fmt: skip
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 of a teacher folder's transformer weights: which teacher a reference belongs to."""
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+class Reference:
+    """What a teacher's students are scored against: its many-step pictures, its own scores, and the score nets."""
+
+    def __init__(self, folder: Path):
+        from safetensors.torch import load_file
+
+        record = json.loads((folder / "reference.json").read_text())
+        self.record: dict[str, Any] = record
+        self.pictures = to_float(load_file(folder / "pictures.safetensors")["pictures"])
+        self.net = ScoreNet.load(folder / "scale.safetensors", load_lite0())
+        self.alignment = AlignmentModel.load(folder / "alignment.safetensors")
+        self.features = self.net(self.pictures)
+        self.patch_features = self.net(patches(self.pictures, PATCH_SIZE, PATCHES))
+
+    @torch.no_grad()
+    def score(self, pictures: Tensor, cond: Condition) -> Scores:
+        """pictures fp32 [N, 3, H, W] of the prompts cond (N distinct ones), as they would be saved (8 bits)."""
+        pictures = to_float(to_uint8(pictures)).cpu()
+        features = self.net(pictures)
+        patch = self.net(patches(pictures, PATCH_SIZE, PATCHES))
+        images = self.alignment.images(features)
+        texts = self.alignment.texts(cond.pooled.cpu())
+        return Scores(
+            1000 * kid(features, self.features), frechet_distance(features, self.features),
+            1000 * kid(patch, self.patch_features), frechet_distance(patch, self.patch_features),
+            recall_at_1(images, texts), mean_cosine(images, texts),
+        )  # fmt: skip
+
+
+def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift: float, prompts: int = 0) -> None:
+    """Generates the reference of a teacher folder: pictures, score nets' scale and heads, the teacher's scores.
+
+    prompts: how many captions of the embedded set are used; 0: all.
+    """
+    from safetensors.torch import save_file
+
+    net = load_transformer(teacher)
+    data = load_emoji()
+    adapter = EmbeddedAdapter()
+    cond = adapter.encode_prompts(data.captions)
+    real = to_float(data.images)
+    count = prompts or len(data)
+    shown = cond.index(torch.arange(count))
+    out.mkdir(parents=True, exist_ok=True)
+    scale = ScoreNet.fit(load_lite0(), real)
+    scale.save(out / "scale.safetensors")
+    real_features = scale(real)
+    train_alignment(real_features, cond.pooled, seed=0, steps=600).save(out / "alignment.safetensors")
+    print(f"{steps}-step samples of {count} prompts", flush=True)
+
+    def many(seed: int) -> Tensor:
+        return teacher_samples(adapter, net, steps, guidance, shift, shown, seed)
+
+    pictures = to_uint8(many(REFERENCE_SEED))
+    save_file({"pictures": pictures}, out / "pictures.safetensors")
+    record: dict[str, Any] = dict(
+        teacher_sha256=weights_sha256(teacher), steps=steps, guidance=guidance, shift=shift, prompts=prompts
+    )
+    (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
+    reference = Reference(out)
+    record["real"] = asdict(reference.score(real[:count], shown))
+    record["many"] = asdict(reference.score(many(TEACHER_SEED), shown))
+    rows = []
+    for few_shift, w in FEW_STEP_GRID:
+        sampled = teacher_samples(adapter, net, 4, w, few_shift, shown, TEACHER_SEED)
+        scores = reference.score(sampled, shown)
+        rows.append(dict(steps=4, shift=few_shift, guidance=w, **asdict(scores)))
+        print(rows[-1], flush=True)
+    record["few"] = rows
+    (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cache_folder() -> Path:
+    """SENSEFLOW_CACHE, or ~/.cache/senseflow."""
+    return Path(os.environ.get("SENSEFLOW_CACHE", Path.home() / ".cache" / "senseflow"))
+
+
+def find_reference(teacher: Path, cfg: Config) -> Path:
+    """Folder of the reference of a teacher: the shipped one if it is of these weights and settings, else one in
+    the user's cache, made once (minutes on a CPU)."""
+    key = dict(
+        teacher_sha256=weights_sha256(teacher), steps=cfg.eval.teacher_steps,
+        guidance=cfg.eval.teacher_guidance, shift=cfg.eval.teacher_shift, prompts=cfg.eval.prompts,
+    )  # fmt: skip
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cached = cache_folder() / f"reference-{name}"
+    for folder in (SHIPPED_REFERENCE, cached):
+        file = folder / "reference.json"
+        if file.is_file():
+            record = json.loads(file.read_text())
+            if "few" in record and all(record.get(k) == v for k, v in key.items()):
+                return folder
+    print(f"no reference of this teacher yet: making it once, in {cached}", flush=True)
+    e = cfg.eval
+    make_reference(teacher, cached, e.teacher_steps, e.teacher_guidance, e.teacher_shift, e.prompts)
+    return cached
+
+
+@dataclass
+class Look:
+    """One evaluation: scores and the first pictures of the student."""
+
+    scores: Scores
+    pictures: Tensor  # fp32 [N, 3, H, W]
+
+    def row(self) -> dict[str, float]:
+        return {f"eval/{k}": v for k, v in asdict(self.scores).items()}
+
+    def grid(self, evaluator: Evaluator) -> Tensor:
+        """uint8 [3, H, W]: teacher few-step, student few-step, teacher many-step; a column per prompt."""
+        n = len(evaluator.shown)
+        rows = [evaluator.few_pictures, self.pictures[evaluator.shown], evaluator.many_pictures]
+        return picture_grid(torch.cat(rows), n)
+
+
+class Evaluator:
+    """Scores and pictures during a run. Reads or makes the teacher's reference when it is built."""
+
+    def __init__(self, cfg: Config, adapter: Any, teacher: nn.Module, folder: Path):
+        self.cfg, self.adapter = cfg, adapter
+        self.reference = Reference(find_reference(folder, cfg))
+        data = load_emoji()
+        captions = data.captions[: cfg.eval.prompts or len(data)]
+        self.cond = adapter.encode_prompts(captions)
+        self.shown = torch.linspace(0, len(captions) - 1, min(cfg.eval.grid, len(captions))).long()
+        self.best_few = min(self.reference.record["few"], key=lambda row: row["kid"])
+        self.few_pictures = teacher_samples(
+            adapter, teacher, 4, self.best_few["guidance"], self.best_few["shift"],
+            self.cond.index(self.shown), TEACHER_SEED,
+        )  # fmt: skip
+        self.many_pictures = self.reference.pictures[self.shown]
+
+    def measure(self, net: nn.Module, anchors: list[float], sampler: str = "renoise") -> Look:
+        """The student's pictures of every prompt, scored."""
+        pictures = student_samples(self.adapter, net, anchors, self.cond, STUDENT_SEED, sampler).cpu()
+        return Look(self.reference.score(pictures, self.cond), pictures)
+
+    def table(self, net: nn.Module, anchors: list[float]) -> tuple[list[str], list[list[str]]]:
+        """(columns, rows): the real pictures, the teacher at many and at few steps, the student both ways."""
+        record, rows = self.reference.record, []
+
+        def add(name: str, calls: str, scores: Scores) -> None:
+            rows.append([name, calls, *scores.cells()])
+
+        add("real pictures", "", Scores(**record["real"]))
+        w, steps = record["guidance"], record["steps"]
+        many = f"teacher, {steps} Euler steps, w = {w:g} (other seed)"
+        add(many, str(2 * steps), Scores(**record["many"]))
+        for row in record["few"]:
+            few = {k: v for k, v in row.items() if k not in ("steps", "shift", "guidance")}
+            best = ", its best" if row == self.best_few else ""
+            name = f"teacher, 4 Euler steps, w = {row['guidance']:g}, shift {row['shift']:g}{best}"
+            if best or row["guidance"] == 1:
+                add(name, "4" if row["guidance"] == 1 else "8", Scores(**few))
+        for sampler in ("renoise", "euler"):
+            scores = self.measure(net, anchors, sampler).scores
+            add(f"student, {len(anchors)} steps, {sampler}", str(len(anchors)), scores)
+        return COLUMNS, rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    from senseflow.logs import print_table
+
+    parser = argparse.ArgumentParser(prog="python -m senseflow.evaluate", description=__doc__)
+    parser.add_argument("--student", type=Path, help="run folder")
+    parser.add_argument("--teacher", default="", help="teacher folder; default: the embedded one")
+    parser.add_argument("--make-reference", type=Path, help="folder to write a reference into")
+    args = parser.parse_args(argv)
+    cfg = tiny()
+    folder = teacher_folder(args.teacher)
+    try:
+        if args.make_reference:
+            e = cfg.eval
+            make_reference(folder, args.make_reference, e.teacher_steps, e.teacher_guidance, e.teacher_shift)
+            return 0
+        if not args.student:
+            raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
+        adapter, net, record = load_student(args.student)
+        evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)
+        print_table("lower KID and FD are better", *evaluator.table(net, record["anchors"]))
+    except UserError as error:
+        print(f"senseflow.evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

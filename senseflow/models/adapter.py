@@ -1,0 +1,58 @@
+"""What the algorithm needs to know of a teacher family, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded prompts. embeds: token embeddings [B, L, D]; pooled: one text vector each, [B, P]."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def index(self, idx: Tensor) -> Condition:
+        """The prompts at positions idx, int64 [K]."""
+        return Condition(self.embeds[idx], self.pooled[idx])
+
+    def cat(self, other: Condition) -> Condition:
+        """These prompts, then the other ones."""
+        return Condition(torch.cat([self.embeds, other.embeds]), torch.cat([self.pooled, other.pooled]))
+
+    def to(self, device: str | torch.device) -> Condition:
+        return Condition(self.embeds.to(device), self.pooled.to(device))
+
+
+class Adapter(Protocol):
+    """One teacher family. sigma is always fp32 [B]; latents x are [B, C, H, W]."""
+
+    schedule: Any  # flow.FlowSchedule or flow.DiffusionSchedule
+    latent_shape: tuple[int, int, int]
+    parameterization: str  # "flow": predicts v = eps - x0; "epsilon": predicts eps
+
+    def predict(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """The network's prediction, same shape and dtype as x."""
+        ...
+
+    def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """Image tokens [B, T, D] of the middle block, for disc.kind fake_features."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, Hp, Wp] in [-1, 1], differentiable."""
+        ...
+
+    def uncond(self, batch: int) -> Condition:
+        """The encoded empty prompt, `batch` times."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition: ...

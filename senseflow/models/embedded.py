@@ -1,0 +1,109 @@
+"""The embedded teacher: a small diffusers SD3 transformer on 32x32 pixels (identity VAE), MiniLM text."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from senseflow.config import UserError
+from senseflow.flow import FlowSchedule
+from senseflow.models.adapter import Condition
+from senseflow.models.text import embed_prompts
+
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
+
+
+def teacher_folder(path: str) -> Path:
+    """The folder of a teacher: '' or 'embedded' is the one that ships with the package."""
+    return EMBEDDED_FOLDER if path in ("", "embedded") else Path(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError naming the folder and the first missing or cut-off file of a diffusers folder."""
+    if not folder.is_dir():
+        raise UserError(f"teacher folder {folder} does not exist: give a diffusers folder")
+    for name in ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"teacher folder {folder} lacks {name}")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as f:
+            f.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is truncated or corrupt ({error}): copy it again") from None
+
+
+def load_transformer(folder: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """The SD3 transformer of a diffusers folder, in fp32, in training mode off.
+
+    Raises UserError when a file is missing, cut off, or not of this architecture.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    check_folder(folder)
+    try:
+        # low_cpu_mem_usage=False: plain construction, so no accelerate is needed
+        net = SD3Transformer2DModel.from_pretrained(
+            folder / "transformer", low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"teacher folder {folder}: transformer does not load: {first}") from None
+    return net.float().eval().to(device)
+
+
+class EmbeddedAdapter:
+    """`models.adapter.Adapter` for the embedded family. Latents are pixels: fp32 [B, 3, 32, 32] in [-1, 1]."""
+
+    parameterization = "flow"
+
+    def __init__(self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu"):
+        self.schedule = FlowSchedule(shift=shift, kind=kind)
+        self.latent_shape = (3, 32, 32)
+        self.device = torch.device(device)
+
+    def predict(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """Velocity [B, 3, 32, 32] at x [B, 3, 32, 32], sigma fp32 [B]."""
+        return net(
+            hidden_states=x,
+            timestep=self.schedule.timestep(sigma),
+            encoder_hidden_states=cond.embeds,
+            pooled_projections=cond.pooled,
+            return_dict=False,
+        )[0]
+
+    def features(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """Image tokens [B, 64, D] after the middle block, for `disc.kind fake_features`."""
+        caught: list[Tensor] = []
+        blocks: Any = net.transformer_blocks
+        block = blocks[len(blocks) // 2]
+        # a joint block returns (text tokens, image tokens)
+        handle = block.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
+        try:
+            self.predict(net, x, sigma, cond)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents are pixels already: [B, 3, 32, 32], nominally in [-1, 1]."""
+        return latents
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""
+        return embed_prompts(prompts).to(self.device)
+
+    @cached_property
+    def _empty(self) -> Condition:
+        return self.encode_prompts([""])
+
+    def uncond(self, batch: int) -> Condition:
+        """The encoded empty prompt, `batch` times."""
+        empty = self._empty
+        return Condition(empty.embeds.expand(batch, -1, -1), empty.pooled.expand(batch, -1))

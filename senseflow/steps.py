@@ -1,0 +1,262 @@
+"""Algorithm 1 of SenseFlow, one iteration: what the student sees, its step, the fake's step, D's step.
+
+Everything random comes from `Draws`, keyed by (seed, iteration, global sample index, stream). Only the coin and
+the rollout length are known to the host; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from senseflow.algo.augment import AUGMENT_DRAWS, diff_augment
+from senseflow.algo.discriminator import softplus_discriminator, softplus_generator
+from senseflow.algo.dmd import dmd_term
+from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, uniform_midpoint
+from senseflow.algo.rollout import backward_simulation
+from senseflow.config import Config
+from senseflow.data.batches import Batch
+from senseflow.draws import Draws
+from senseflow.flow import add_noise, omega, prediction_to_x0
+from senseflow.models.adapter import Adapter, Condition
+from senseflow_kernels import hinge_discriminator, hinge_generator
+
+
+@dataclass
+class Parts:
+    """The networks of a run. `vfm` is the frozen backbone, `disc` the trained heads (None: no discriminator)."""
+
+    adapter: Adapter
+    student: nn.Module
+    fake: nn.Module
+    teacher: nn.Module
+    disc: nn.Module | None
+    vfm: nn.Module | None
+    anchors: list[float]  # descending sigmas of the student
+    draws: Draws
+    curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
+
+
+@dataclass
+class Step:
+    """What one iteration hands from the student's forward to the losses."""
+
+    iteration: int
+    batch: Batch
+    x_tau: Tensor  # [B, C, H, W] the student's input
+    sigma: Tensor  # fp32 [B], its anchor
+    sigma_prev: Tensor  # fp32 [B], the next lower anchor, 0 after the last
+    pred: Tensor  # [B, C, H, W] the student's prediction
+    x0: Tensor  # [B, C, H, W] what it means as x0
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def range_of(u: Tensor, low: float, high: float) -> Tensor:
+    """U(low, high) from u in [0, 1)."""
+    return low + (high - low) * u
+
+
+def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
+    """(x_tau, sigma, sigma_prev): by the coin either backward simulation or forward noising (paper.md 2, 2-5).
+
+    Backward simulation: all samples share the anchor at which the rollout stops (it decides control flow).
+    Forward noising: each sample of real data has its own anchor.
+    """
+    d, ids = parts.draws, batch.samples
+    shape = tuple(batch.latents.shape[1:])
+    anchors = torch.tensor([*parts.anchors, 0.0], device=batch.latents.device)
+    if d.coin(iteration, cfg.rollout.backward_prob):
+        j = d.integer(iteration, len(parts.anchors))
+        noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]
+        x_tau = backward_simulation(parts.adapter, parts.student, noises, parts.anchors, j, batch.cond)
+        index = torch.full_like(ids, j)
+    else:
+        u = d.uniform(iteration, ids, "anchor")
+        index = (u * len(parts.anchors)).long()
+        noise = d.normal(iteration, ids, "forward", shape)
+        sigma = anchors[index]
+        x_tau = add_noise(batch.latents, noise, sigma, parts.adapter.schedule.alpha(sigma))
+    return x_tau, anchors[index], anchors[index + 1]
+
+
+def student_forward(parts: Parts, cfg: Config, batch: Batch, iteration: int, with_grad: bool) -> Step:
+    """The student at its anchor; with gradients on generator iterations alone."""
+    x_tau, sigma, sigma_prev = student_input(parts, cfg, batch, iteration)
+    with torch.set_grad_enabled(with_grad):
+        pred = parts.adapter.predict(parts.student, x_tau, sigma, batch.cond)
+        alpha = parts.adapter.schedule.alpha(sigma)
+        x0 = prediction_to_x0(x_tau, pred, sigma, alpha, parts.adapter.parameterization)
+    return Step(iteration, batch, x_tau, sigma, sigma_prev, pred, x0)
+
+
+def law_to_sigma(parts: Parts, u: Tensor, dense: str, low: float, high: float) -> Tensor:
+    """sigma fp32 [B] from u in [0, 1): uniform in [low, high], or logit-normal with mean low and std high."""
+    if dense == "uniform":
+        index = range_of(u, low, high)
+    else:
+        index = torch.sigmoid(low + high * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    return parts.adapter.schedule.sigma(index).float()
+
+
+def generator_losses(parts: Parts, cfg: Config, step: Step, real_features) -> Tensor:
+    """L_G = w_dmd L_DMD + lambda_G omega(tau) L_adv + lambda_ISG L_ISG (paper.md 1.7). Returns the scalar."""
+    a, d, it = parts.adapter, parts.draws, step.iteration
+    ids, cond = step.batch.samples, step.batch.cond
+    uncond = a.uncond(len(ids))
+    u = d.uniform(it, ids, "dmd.t")
+    if cfg.dmd.t_law == "uniform":
+        sigma = law_to_sigma(parts, u, "uniform", cfg.dmd.t_min, cfg.dmd.t_max)
+    else:
+        sigma = law_to_sigma(parts, u, "logit-normal", 0.0, 1.0)
+    guidance = range_of(d.uniform(it, ids, "dmd.guidance"), cfg.dmd.guidance_min, cfg.dmd.guidance_max)
+    noise = d.normal(it, ids, "dmd.noise", tuple(step.x0.shape[1:]))
+    dmd = dmd_term(
+        a, step.x0, noise, sigma, cond, parts.fake, parts.teacher, guidance, uncond,
+        normaliser=cfg.dmd.normaliser, eps=cfg.dmd.eps,
+    )  # fmt: skip
+    loss = cfg.dmd.weight * dmd.loss
+    step.metrics |= {
+        "dmd": dmd.loss.detach(),
+        "normaliser": dmd.normaliser.mean(),
+        "fake_real_gap": dmd.grad_rms.mean(),
+    }
+    if cfg.isg.weight > 0:
+        isg = isg_loss(parts, cfg, step, uncond)
+        loss = loss + cfg.isg.weight * isg
+        step.metrics["isg"] = isg.detach()
+    if parts.disc is not None:
+        adv = adversarial_generator(parts, cfg, step, real_features)
+        loss = loss + cfg.disc.weight * adv
+        step.metrics["adv"] = adv.detach()
+    return loss
+
+
+def isg_loss(parts: Parts, cfg: Config, step: Step, uncond: Condition) -> Tensor:
+    """Intra-segment guidance (Eq. 12) with the midpoint law of the config."""
+    d, it, ids = parts.draws, step.iteration, step.batch.samples
+    u = d.uniform(it, ids, "isg.mid")
+    margin = cfg.isg.margin / 1000
+    if cfg.isg.midpoint == "adaptive":
+        assert parts.curve is not None, "isg.midpoint=adaptive needs the measured curve"
+        mid = adaptive_midpoint(u, step.sigma, step.sigma_prev, margin, parts.curve)
+    else:
+        mid = uniform_midpoint(u, step.sigma, step.sigma_prev, margin)
+    guidance = range_of(d.uniform(it, ids, "isg.guidance"), cfg.isg.guidance_min, cfg.isg.guidance_max)
+    return isg_term(
+        parts.adapter, step.x_tau, step.pred, step.sigma, step.sigma_prev, mid, step.batch.cond,
+        parts.student, parts.teacher, guidance, uncond, loss=cfg.isg.loss,
+    )  # fmt: skip
+
+
+def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: str | None):
+    """Backbone taps of pixels; augmented by the numbers of `stream` (x), or as they are (r, stream None)."""
+    assert parts.vfm is not None
+    if stream and cfg.disc.augment:
+        rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
+        pixels = diff_augment(pixels, rand)
+    return parts.vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
+
+
+def reference_features(parts: Parts, cfg: Config, step: Step):
+    """Taps of r, the sample's own real image: once an iteration, shared by every D term. None without a VFM."""
+    if parts.disc is None or cfg.disc.kind != "vfm":
+        return None
+    with torch.no_grad():
+        return vfm_features(parts, cfg, step.batch.pixels, step, None)
+
+
+def noised(parts: Parts, x: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor]:
+    """(x_t, sigma) at a uniform dense t: what DMD2's classifier sees."""
+    d, ids = parts.draws, step.batch.samples
+    sigma = parts.adapter.schedule.sigma(d.uniform(step.iteration, ids, stream + ".t")).float()
+    noise = d.normal(step.iteration, ids, stream + ".noise", tuple(x.shape[1:]))
+    return add_noise(x, noise, sigma, parts.adapter.schedule.alpha(sigma)), sigma
+
+
+def fake_feature_logits(parts: Parts, x: Tensor, step: Step, stream: str) -> Tensor:
+    """Logits [B, 1] of DMD2's classifier on the fake network's bottleneck over noised latents."""
+    assert parts.disc is not None
+    x_t, sigma = noised(parts, x, step, stream)
+    return parts.disc(parts.adapter.features(parts.fake, x_t, sigma, step.batch.cond))
+
+
+def step_weight(parts: Parts, cfg: Config, step: Step) -> Tensor:
+    """omega(tau) fp32 [B] at the student's anchor."""
+    return omega(step.sigma, cfg.disc.omega, parts.adapter.schedule)
+
+
+def adversarial_generator(parts: Parts, cfg: Config, step: Step, real_features) -> Tensor:
+    """-omega E D(x_fake, c, r) over all logits, or DMD2's softplus(-D). D's parameters get no gradient:
+    the caller differentiates with respect to the student's parameters alone."""
+    assert parts.disc is not None
+    if cfg.disc.kind == "fake_features":
+        return softplus_generator(fake_feature_logits(parts, step.x0, step, "adv.g"))
+    pixels = parts.adapter.decode(step.x0)
+    taps = vfm_features(parts, cfg, pixels, step, "augment.fake")
+    logits = parts.disc(taps, step.batch.cond.pooled, real_features)
+    return hinge_generator(logits, step_weight(parts, cfg, step))
+
+
+def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> Tensor:
+    """L_D on the real image and the detached x0 of this iteration (paper.md 1.6). Returns the scalar."""
+    assert parts.disc is not None
+    x0 = step.x0.detach()
+    if cfg.disc.kind == "fake_features":
+        with torch.no_grad():  # the classifier learns; the fake network is trained by its own loss
+            x_real, s_real = noised(parts, step.batch.latents, step, "adv.real")
+            x_fake, s_fake = noised(parts, x0, step, "adv.fake")
+            cond = step.batch.cond
+            f_real = parts.adapter.features(parts.fake, x_real, s_real, cond)
+            f_fake = parts.adapter.features(parts.fake, x_fake, s_fake, cond)
+        real, fake = parts.disc(f_real), parts.disc(f_fake)
+        step.metrics["d_accuracy"] = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+        return cfg.disc.d_weight * softplus_discriminator(real, fake)
+    with torch.no_grad():
+        f_real = vfm_features(parts, cfg, step.batch.pixels, step, "augment.real")
+        f_fake = vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
+    text = step.batch.cond.pooled
+    real = parts.disc(f_real, text, real_features)
+    fake = parts.disc(f_fake, text, real_features)
+    weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None
+    out = hinge_discriminator(real, fake, weight)
+    step.metrics |= {
+        "d_real": out.real_mean,
+        "d_fake": out.fake_mean,
+        "d_accuracy": out.accuracy,
+    }
+    return out.loss
+
+
+def fake_loss(parts: Parts, cfg: Config, step: Step) -> Tensor:
+    """Denoising loss of the fake score on the detached x0 (paper.md 1.2): E || pred - target ||^2, a scalar."""
+    a, d, ids = parts.adapter, parts.draws, step.batch.samples
+    x0 = step.x0.detach()
+    u = d.uniform(step.iteration, ids, "fake.t")
+    if cfg.fake.t_law == "uniform":
+        sigma = law_to_sigma(parts, u, "uniform", 0.0, 1.0)
+    else:
+        sigma = law_to_sigma(parts, u, "logit-normal", cfg.fake.logit_mean, cfg.fake.logit_std)
+    noise = d.normal(step.iteration, ids, "fake.noise", tuple(x0.shape[1:]))
+    x_t = add_noise(x0, noise, sigma, a.schedule.alpha(sigma))
+    pred = a.predict(parts.fake, x_t, sigma, step.batch.cond)
+    target = noise - x0 if a.parameterization == "flow" else noise
+    return torch.nn.functional.mse_loss(pred.float(), target.float())
+
+
+def saturation(x0: Tensor) -> Tensor:
+    """Share of values outside [-1.05, 1.05] in pixel space: rises when a student over-saturates."""
+    return (x0.detach().abs() > 1.05).float().mean()
+
+
+__all__ = [
+    "Parts",
+    "Step",
+    "discriminator_loss",
+    "fake_loss",
+    "generator_losses",
+    "reference_features",
+    "saturation",
+    "student_forward",
+]

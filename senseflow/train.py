@@ -1,0 +1,358 @@
+"""Distils a teacher into a few-step student: `python -m senseflow.train [PRESET] [--any.field VALUE]`.
+
+The run is one function, `train`, that reads from top to bottom; the algorithm's own steps are in steps.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senseflow import checkpoint
+from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
+from senseflow.algo.ida import AdaptiveLambda, ida_update
+from senseflow.algo.isg import measure_error_curve
+from senseflow.cli import Arguments, parse
+from senseflow.config import Config, UserError, to_dict
+from senseflow.data.batches import Batch, EmbeddedData
+from senseflow.data.emoji import load_emoji
+from senseflow.draws import Draws
+from senseflow.evaluate import Evaluator
+from senseflow.export import save_student
+from senseflow.logs import MetricRing, Monitors, RunLog, print_table
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, teacher_folder
+from senseflow.models.vfm import load_dinov2_small
+from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, warmup_lr
+from senseflow.profiling import Profiler
+from senseflow.steps import (
+    Parts,
+    discriminator_loss,
+    fake_loss,
+    generator_losses,
+    reference_features,
+    saturation,
+    student_forward,
+)
+
+CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
+
+
+def build_discriminator(cfg: Config, student: Any, device: torch.device):
+    """(heads, frozen backbone): by disc.kind; (None, None) without a discriminator."""
+    if cfg.disc.kind == "none":
+        return None, None
+    text_dim = student.config.pooled_projection_dim
+    if cfg.disc.kind == "fake_features":
+        width = student.config.num_attention_heads * student.config.attention_head_dim
+        return FakeFeatureDiscriminator(width).to(device), None
+    vfm = load_dinov2_small().to(device)
+    vfm.requires_grad_(False)
+    dims = [vfm.dims[0]] * len(cfg.disc.taps)
+    heads = VFMDiscriminator(dims, text_dim, cmap=cfg.disc.cmap, width=cfg.disc.width, downsample=cfg.disc.downsample)
+    return heads.to(device), vfm
+
+
+def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
+    """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
+    if cfg.model.family != "embedded":
+        raise UserError(f"model.family = {cfg.model.family!r} has no adapter yet: allowed here is 'embedded'")
+    folder = teacher_folder(cfg.model.teacher)
+    teacher = load_transformer(folder, device).requires_grad_(False)
+    images = load_emoji()
+    adapter = EmbeddedAdapter(cfg.model.shift, cfg.model.shift_kind, str(device))
+    data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    for net in (student, fake):
+        net.requires_grad_(True)
+    torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
+    disc, vfm = build_discriminator(cfg, student, device)
+    anchors = adapter.schedule.anchors(cfg.model.steps)
+    parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed))
+    if cfg.isg.midpoint == "adaptive":
+        batch = data.batch(0, cfg.data.batch)
+        noise = parts.draws.normal(0, batch.samples, "curve", tuple(batch.latents.shape[1:]))
+        sigmas = torch.linspace(1 / CURVE_POINTS, 1, CURVE_POINTS)
+        parts.curve = measure_error_curve(adapter, teacher, batch.latents, batch.cond, noise, sigmas)
+    return parts, data
+
+
+class Updates:
+    """The three optimizers, the EMA and IDA's lambda: everything that changes weights."""
+
+    def __init__(self, cfg: Config, parts: Parts):
+        t = cfg.train
+        self.cfg, self.parts = cfg, parts
+        self.params = {
+            "student": list(parts.student.parameters()),
+            "fake": list(parts.fake.parameters()),
+        }
+        if parts.disc is not None:
+            self.params["disc"] = list(parts.disc.parameters())
+        self.lr = {"student": t.lr, "fake": t.fake_lr, "disc": t.disc_lr}
+        self.optimizers = {
+            name: make_adamw(params, self.lr[name], (t.beta1, t.beta2), t.eps, t.weight_decay)
+            for name, params in self.params.items()
+        }
+        self.ema = Ema(self.params["student"], cfg.ema.decay) if cfg.ema.decay > 0 else None
+        self.adaptive = AdaptiveLambda(cfg.ida.lam) if cfg.ida.mode == "adaptive" else None
+
+    def step(self, name: str, loss: Tensor, iteration: int) -> dict[str, Tensor]:
+        """One backward, clip and Adam step of one network; skipped where loss or norm is not finite."""
+        params, optimizer = self.params[name], self.optimizers[name]
+        loss.backward(inputs=params)
+        norm = clip_grad_norm_(params, self.cfg.train.clip)
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_lr(iteration, self.lr[name], self.cfg.train.warmup)
+        apply_if_finite(optimizer, finite)
+        optimizer.zero_grad(set_to_none=True)
+        return {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}
+
+    def after_student(self, metrics: dict[str, Tensor]) -> None:
+        """IDA right after the generator's step (paper.md 1.3), then the EMA of the student."""
+        theta, phi = self.params["student"], self.params["fake"]
+        lam: float | Tensor = self.cfg.ida.lam
+        if self.adaptive is not None:
+            lam = self.adaptive.update(metrics["fake_real_gap"])
+        if self.adaptive is not None or self.cfg.ida.lam < 1:
+            ida_update(phi, theta, lam)
+        if self.ema is not None:
+            self.ema.update(self.params["student"])
+
+    def state(self) -> dict[str, Any]:
+        named: dict[str, Any] = {"student": self.parts.student.state_dict()}
+        named["fake"] = self.parts.fake.state_dict()
+        if self.parts.disc is not None:
+            named["disc"] = self.parts.disc.state_dict()
+        named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
+        if self.ema is not None:
+            named["ema"] = self.ema.state_dict()
+        if self.adaptive is not None:
+            named["adaptive"] = self.adaptive.state_dict()
+        return named
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.parts.student.load_state_dict(state["student"])
+        self.parts.fake.load_state_dict(state["fake"])
+        if self.parts.disc is not None:
+            self.parts.disc.load_state_dict(state["disc"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
+
+
+def iterate(
+    cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration: int, prof: Profiler
+) -> dict[str, Tensor]:
+    """One iteration of Algorithm 1: student forward, its step and IDA on every f-th, then fake, then D."""
+    turn = iteration - cfg.train.fake_warmup
+    is_gen = turn >= 0 and (turn + 1) % cfg.train.gen_every == 0
+    with prof.phase("student"):
+        step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
+    with prof.phase("reference features"):
+        reference = reference_features(parts, cfg, step)
+    if is_gen:
+        with prof.phase("generator losses"):
+            loss = generator_losses(parts, cfg, step, reference)
+        with prof.phase("generator backward + AdamW"):
+            step.metrics |= updates.step("student", loss, iteration)
+        with prof.phase("IDA + EMA"):
+            updates.after_student(step.metrics)
+        step.x0 = step.x0.detach()
+    with prof.phase("fake"):
+        loss = fake_loss(parts, cfg, step)
+        step.metrics["fake"] = loss.detach()
+        step.metrics |= updates.step("fake", loss, iteration)
+    if parts.disc is not None:
+        with prof.phase("discriminator"):
+            loss = discriminator_loss(parts, cfg, step, reference)
+            step.metrics["disc"] = loss.detach()
+            step.metrics |= updates.step("disc", loss, iteration)
+            parts.disc.update_spectral_norm()  # type: ignore[operator]
+    step.metrics["saturation"] = saturation(step.x0)
+    return step.metrics
+
+
+def drift(parts: Parts) -> Tensor:
+    """IDA drift: || phi - theta || / || theta ||, a device scalar."""
+    theta, phi = list(parts.student.parameters()), list(parts.fake.parameters())
+    gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
+    size = torch._foreach_norm([t.data for t in theta])
+    return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
+
+
+def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
+    """The network to look at and to ship: the EMA where there is one, else the student itself."""
+    if updates.ema is None:
+        return parts.student
+    net = copy.deepcopy(parts.student)
+    updates.ema.copy_to(list(net.parameters()))
+    return net
+
+
+class Stop:
+    """Ctrl-C asks the run to end after the iteration in progress; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> Stop:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def plan(cfg: Config, parts: Parts) -> None:
+    """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
+    rows, total = [], 0.0
+    for name, copies in (("student", 4), ("fake", 4), ("teacher", 1), ("disc", 4), ("vfm", 1)):
+        net = getattr(parts, name)
+        if net is None:
+            continue
+        count = sum(p.numel() for p in net.parameters())
+        gigabytes = count * 4 * copies / 1e9
+        total += gigabytes
+        rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
+    rows.append(["sum", "", f"{total:.3f}"])
+    print_table(
+        f"memory plan, batch {cfg.data.batch}, activations not counted",
+        ["part", "M parameters", "GB of weights, gradients, moments"],
+        rows,
+    )
+
+
+def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
+    """The iteration to go on from. Raises UserError when there is nothing to resume, or a run to overwrite."""
+    found = checkpoint.load_latest(folder / "checkpoints")
+    if not wanted:
+        if found:
+            raise UserError(f"{folder} holds a run at iteration {found[0]}: add --resume, or choose another --out")
+        return 0
+    if not found:
+        raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
+    iteration, state = found
+    saved, now = state["config"], to_dict(cfg)
+    for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
+        if saved[part] != now[part]:
+            raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
+    updates.load(state["updates"])
+    return iteration
+
+
+def train(args: Arguments) -> int:
+    """The run. Returns the exit status: 0 done, 130 interrupted (and saved)."""
+    cfg, out = args.config, Path(args.config.out)
+    started = time.monotonic()
+    if cfg.train.threads > 0:
+        torch.set_num_threads(cfg.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts, data = build(cfg, device)
+    updates = Updates(cfg, parts)
+    if args.dry_run:
+        plan(cfg, parts)
+        return 0
+    total = cfg.train.iterations
+    if args.profile:
+        total = cfg.train.fake_warmup + 3 * cfg.train.gen_every  # one cycle measured, two to warm up
+    first = resume(cfg, updates, out, args.resume)
+    log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, total, resume_at=first)
+    (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
+    evaluator = Evaluator(cfg, parts.adapter, parts.teacher, teacher_folder(cfg.model.teacher))
+    monitors = Monitors(cfg.train.max_nonfinite)
+    ring = MetricRing()
+    profiler = Profiler(args.profile, out, total)
+
+    def save(iteration: int) -> None:
+        state = {"config": to_dict(cfg), "updates": updates.state()}
+        checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
+        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg)
+
+    def look(iteration: int) -> None:
+        result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
+        picture = out / "grids" / f"{iteration:06d}.png"
+        log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
+
+    def drain() -> None:
+        rows = ring.drain()
+        log.metrics(rows)
+        for warning in monitors.check(rows):
+            log.warn(warning)
+
+    done = first
+    with Stop() as stop, log:
+        if first == 0 and not args.profile:
+            look(0)
+        for iteration in range(first, total):
+            batch = data.batch(iteration, cfg.data.batch)
+            with profiler.iteration():
+                metrics = iterate(cfg, parts, updates, batch, iteration, profiler)
+            done = iteration + 1
+            if done % cfg.log.every == 0:
+                metrics["ida_drift"] = drift(parts)
+            ring.put(done, metrics)
+            if done % cfg.log.every == 0 or done == total:
+                drain()
+            late = 0 < cfg.train.minutes * 60 <= time.monotonic() - started
+            ending = stop.asked or late or done == total
+            if not args.profile:
+                if done % cfg.eval.every == 0 and not ending:
+                    look(done)
+                if done % cfg.train.checkpoint_every == 0 or ending:
+                    save(done)
+            if ending:
+                break
+        drain()
+        if stop.asked:
+            log.say(f"stopped at iteration {done} and saved: go on with --resume --out {out}")
+            return 130
+        if args.profile:
+            profiler.report()
+            return 0
+        look(done)
+    final_table(log, evaluator, parts, updates, out)
+    return 0
+
+
+def final_table(log: RunLog, evaluator: Evaluator, parts: Parts, updates: Updates, out: Path):
+    """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
+    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
+    print_table("lower KID and FD are better", columns, rows)
+    results = [dict(zip(columns, row, strict=True)) for row in rows]
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    log.say(
+        f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
+        f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, runs, and turns bad input into one line on stderr and exit status 2."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
+        return train(args)
+    except UserError as error:
+        print(f"senseflow.train: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
