@@ -1,23 +1,56 @@
 PYTHON ?= python
-OUT ?= bench/results
+BENCHES := $(filter $(wildcard bench/*.py),bench/ops.py bench/step.py bench/data.py)
+# A checkout runs without being installed, as on a GPU machine that has no network.
+export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-check:  ## lint, format, types
-	ruff check .
-	ruff format --check .
-	pyright
+.PHONY: check test bench gpu evidence gpu-pack clean
 
-test:  ## the fast tier, what README and CI run
+# Lint, format and types, as .ci/run does them.
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $$($(PYTHON) -c 'import sys; print(sys.executable)')
+
+# The fast tests; GPU tests skip with a reason where there is no GPU.
+test:
 	$(PYTHON) -m pytest
 
-evidence:  ## the slow tier: kill loops, long trainings
-	$(PYTHON) -m pytest -m slow
+# Every benchmark that this checkout has; results go to bench/results/.
+bench:
+	@test -n "$(BENCHES)$(wildcard bench/test_*.py)" || echo "bench: this checkout has no benchmarks"
+	@set -e; for file in $(BENCHES); do \
+	  module=bench.$$(basename $$file .py); echo "== $$module"; $(PYTHON) -m $$module; done
+	$(if $(wildcard bench/test_*.py),$(PYTHON) -m pytest bench)
 
-bench:  ## kernel microbenchmarks
-	$(PYTHON) -m pytest bench
+# GPU tests, then the benchmarks. Without a GPU this is an error: nothing was shown.
+gpu:
+	@$(PYTHON) -c 'import sys, torch; ok = torch.cuda.is_available(); \
+	print(torch.cuda.get_device_name() if ok else "gpu: NO GPU: torch " + torch.__version__ \
+	+ " sees no CUDA device here, so nothing was run"); sys.exit(not ok)'
+	@$(PYTHON) -m pytest -m gpu -rs; status=$$?; \
+	if [ $$status -eq 5 ]; then echo "gpu: this checkout has no tests marked gpu"; \
+	else exit $$status; fi
+	@$(MAKE) --no-print-directory bench
 
-gpu:  ## everything that needs a GPU; says so and fails without one
-	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device here')"
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m senseflow.train --profile --out $(OUT)/profile-tiny
+# The long tests behind the published figures (minutes on a CPU).
+evidence:
+	$(PYTHON) -m pytest -m slow -rs --durations=0
 
-.PHONY: check test evidence bench gpu
+# dist/gpu-pack.tar.gz: this tree as it stands and the versions beside it, for a GPU machine
+# without network. There: unpack, cd gpu-pack, make gpu.
+gpu-pack:
+	@rm -rf dist/gpu-pack && mkdir -p dist/gpu-pack
+	@git ls-files -z --cached --others --exclude-standard \
+	  | while IFS= read -r -d '' file; do [ ! -e "$$file" ] || printf '%s\0' "$$file"; done \
+	  | tar --create --null --files-from=- | tar --extract --directory=dist/gpu-pack
+	@$(PYTHON) -m pip freeze --exclude-editable > dist/gpu-pack/versions.txt
+	@git rev-parse --verify --quiet HEAD > dist/gpu-pack/commit.txt || echo none > dist/gpu-pack/commit.txt
+	@tar --create --gzip --file=dist/gpu-pack.tar.gz --directory=dist gpu-pack
+	@rm -rf dist/gpu-pack && ls -l dist/gpu-pack.tar.gz
+
+# Build outputs and caches; never runs/.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+gpu-pack: SHELL := bash

@@ -1,9 +1,10 @@
-"""Two packages in one distribution; kernels/ is a source root and never a package (tests/test_kernels_name.py)."""
+"""The two packages of this distribution; everything else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["senseflow", "senseflow.*"]), *find_packages("kernels")],
+    # kernels/ is a source root like src/: what is installed is the package inside it.
+    packages=find_packages(include=["senseflow", "senseflow.*"]) + find_packages("kernels"),
     package_dir={"senseflow_kernels": "kernels/senseflow_kernels"},
     package_data={"senseflow": ["assets/**/*"]},
 )

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate warm-up, gradient clipping and EMA, all without waiting for the device."""
+"""Optimizer, learning-rate warm-up, gradient clipping and EMA, none of which waits for the device."""
 
 from __future__ import annotations
 
@@ -10,56 +10,92 @@ from torch import Tensor
 
 
 def make_adamw(
-    params: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:  # fmt: skip
-    """torch's fused AdamW, whose `found_inf` skips an update on the device."""
-    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    params: Sequence[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """torch's fused AdamW (decoupled weight decay), on the CPU as on the GPU.
+
+    Fused, because its `found_inf` skips an update on the device (see apply_if_finite).
+    Raises torch's RuntimeError for parameters that it has no fused kernel for.
+    """
+    return torch.optim.AdamW(
+        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+    )
 
 
 def warmup_lr(iteration: int, lr: float, warmup: int) -> float:
-    """lr, reached linearly over `warmup` iterations."""
+    """lr * (iteration + 1) / warmup during the first `warmup` iterations (from 0), then lr."""
     return lr * min(1.0, (iteration + 1) / warmup) if warmup > 0 else lr
 
 
 @torch.no_grad()
 def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scales gradients to a norm of at most max_norm (0: leaves them). Returns the norm before, a 0-d tensor."""
+    """Scales all gradients together to an L2 norm of at most max_norm (0: leaves them).
+
+    Returns the norm before, a 0-d fp32 tensor on the device; 0 where there are no gradients. Its
+    sums are fp32 whatever the gradients' dtype. A norm that is not finite spoils the gradients:
+    look at it with apply_if_finite.
+    """
     grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if not grads:
+        return torch.zeros((), device=params[0].device if len(params) else None)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
     if max_norm > 0:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def apply_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One optimizer step, or none at all where `finite` (0-d bool) is False: weights, moments and step count then
-    keep their bits. No host sync: the fused kernel reads found_inf on the device."""
+    """One optimizer step, or none at all where `finite` (0-d bool, on the device) is False.
+
+    A skipped step leaves weights, both moments and the step count bit for bit as they were. No host
+    sync: the fused kernel reads found_inf on the device. Raises TypeError for an optimizer without
+    such a kernel, which would ignore the flag.
+    """
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        raise TypeError(f"{type(optimizer).__name__} is not fused: it cannot skip on the device")
     found: Any = optimizer
-    found.found_inf = (~finite).float().reshape(())
-    found.grad_scale = None
-    optimizer.step()
-    del found.found_inf, found.grad_scale
+    found.grad_scale, found.found_inf = None, (~finite).float().reshape(())
+    try:
+        optimizer.step()
+    finally:
+        del found.grad_scale, found.found_inf
 
 
 class Ema:
-    """Exponential moving average of parameters, fp32, started from their present values."""
+    """Exponential moving average of parameters: shadow <- decay shadow + (1 - decay) p.
+
+    Kept in fp32 and started from the present values. Decay in [0, 1); near 1 - 2^-24 fp32 no longer
+    sees the step.
+    """
 
     def __init__(self, params: Sequence[Tensor], decay: float):
         self.decay = decay
-        self.shadow = [p.detach().float().clone() for p in params]
+        self.shadow = [p.detach().to(torch.float32, copy=True) for p in params]
 
     @torch.no_grad()
     def update(self, params: Sequence[Tensor]) -> None:
+        """One step towards params, in the order given at the start."""
         torch._foreach_lerp_(self.shadow, [p.detach().float() for p in params], 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, params: Sequence[Tensor]) -> None:
+        """Writes the average into params, rounded to their dtype."""
         for p, s in zip(params, self.shadow, strict=True):
             p.copy_(s)
 
     def state_dict(self) -> dict[str, Any]:
+        """The live tensors, as torch's own state_dicts hold them."""
         return {"shadow": self.shadow}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self.shadow, state["shadow"], strict=True):
-            mine.copy_(saved)
+        """Raises ValueError when number or shapes differ: copy_ alone would broadcast."""
+        saved = state["shadow"]
+        if [s.shape for s in saved] != [m.shape for m in self.shadow]:
+            raise ValueError("the saved EMA has other shapes than this network")
+        for mine, theirs in zip(self.shadow, saved, strict=True):
+            mine.copy_(theirs)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-AUGMENT_DRAWS = 7  # brightness, saturation, contrast, translation (rows, columns), cutout (rows, columns)
+AUGMENT_DRAWS = 7  # brightness, saturation, contrast, translation y and x, cutout y and x
 TRANSLATION = 1 / 8  # largest shift, as a share of the side
 CUTOUT = 0.5  # side of the erased box, as a share of the side
 
 
 def _colour(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """x + b - 1/2, then 2 s times the distance from grey, then c + 1/2 times the distance from the mean."""
+    """Adds b - 1/2, scales distances from grey by 2 s and from the mean by c + 1/2."""
     x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
     x = grey + 2 * saturation * (x - grey)
@@ -29,7 +29,7 @@ def _choice(u: Tensor, n: int) -> Tensor:
 
 
 def _shifted(side: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Along one axis: (source index [B, side], whether it lies in the image) for a shift of up to side/8."""
+    """Of one axis: (source index [B, side], whether it lies in the image), shifted up to side/8."""
     reach = int(side * TRANSLATION + 0.5)
     shift = _choice(u, 2 * reach + 1) - reach
     source = torch.arange(side, device=u.device) - shift[:, None]
@@ -38,8 +38,10 @@ def _shifted(side: int, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _boxed(side: int, u: Tensor) -> Tensor:
-    """Along one axis: bool [B, side], inside the cut box. Its centre may be any pixel, or the far edge
-    where the box has an even side, so boxes at the border are clipped."""
+    """Of one axis: bool [B, side], inside the cut box.
+
+    Its centre may be any pixel, or the far edge where its side is even: boxes there are clipped.
+    """
     box = int(side * CUTOUT + 0.5)
     first = _choice(u, side + 1 - box % 2) - box // 2
     offset = torch.arange(side, device=u.device) - first[:, None]
@@ -47,7 +49,7 @@ def _boxed(side: int, u: Tensor) -> Tensor:
 
 
 def diff_augment(x: Tensor, rand: Tensor) -> Tensor:
-    """Augments pixels; differentiable in x, per sample (DiffAugment: colour, translation, cutout; paper.md 1.5).
+    """Colour, translation, then cutout of each sample; differentiable in x (DiffAugment's policy).
 
     x: [B, 3, H, W] in [-1, 1]. rand: [B, AUGMENT_DRAWS] uniforms in [0, 1), by column: brightness,
     saturation, contrast (all three do nothing at 1/2), translation down and right (0 at 1/2, up to
@@ -60,7 +62,7 @@ def diff_augment(x: Tensor, rand: Tensor) -> Tensor:
             f"diff_augment takes x [B, C, H, W] and rand [B, {AUGMENT_DRAWS}], "
             f"got {list(x.shape)} and {list(rand.shape)}"
         )
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     scalars = rand[:, :3, None, None, None].unbind(1)
     y = _colour(x.to(torch.promote_types(x.dtype, torch.float32)), *scalars)
     rows, row_kept = _shifted(height, rand[:, 3])

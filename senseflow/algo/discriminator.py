@@ -1,4 +1,4 @@
-"""Discriminator heads: D(x, c, r) on frozen vision features (paper.md 1.5), and DMD2's classifier on tokens.
+"""Heads of D(x, c, r) on frozen vision features (SenseFlow), and DMD2's classifier on tokens.
 
 Nothing here depends on how a batch is split: normalisation sees one sample at a time, and the power
 iteration of the spectral norm runs when `update_spectral_norm` is called, never in a forward pass.
@@ -14,22 +14,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SPECTRAL_EPS = 1e-12
-INITIAL_ITERATIONS = 15  # of the power iteration on fresh weights, so that training starts near norm 1
+INITIAL_ITERATIONS = 15  # of the power iteration on fresh weights: training starts near norm 1
 LEAK = 0.2
 
 
-class SpectralConv2d(nn.Conv2d):
-    """Convolution with circular padding whose weight, as the matrix [out, in*k*k], is divided by its norm.
+def _direction(x: Tensor, old: Tensor) -> Tensor:
+    """x / |x|, or `old` where x is zero or NaN, which would stay in a power iteration for good."""
+    norm = torch.linalg.vector_norm(x)
+    return torch.where(norm > SPECTRAL_EPS, x / norm, old)
 
-    x [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)]; kernel 1 or 3. The norm is estimated as
-    u.W v with buffers u [out] and v [in*k*k], which `power_iteration` moves and which are saved.
+
+class SpectralConv2d(nn.Conv2d):
+    """Circular convolution whose weight, as a matrix [out, in*k*k], is divided by its 2-norm.
+
+    x [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)]; kernel 1 or 3. The norm is
+    estimated as u.W v with buffers u [out] and v [in*k*k], which `power_iteration` moves and which
+    are saved.
     """
 
     u: Tensor
     v: Tensor
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1):
-        super().__init__(channels, out, kernel, stride, padding=kernel // 2, padding_mode="circular")
+        super().__init__(
+            channels, out, kernel, stride, padding=kernel // 2, padding_mode="circular"
+        )
         self.register_buffer("u", F.normalize(torch.randn(out), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(channels * kernel * kernel), dim=0))
         for _ in range(INITIAL_ITERATIONS):
@@ -39,27 +48,27 @@ class SpectralConv2d(nn.Conv2d):
     def power_iteration(self) -> None:
         """One step: v <- W'u / |W'u|, u <- W v / |W v|, in place."""
         matrix = self.weight.flatten(1)
-        for vector, image in ((self.v, lambda: matrix.mT @ self.u), (self.u, lambda: matrix @ self.v)):
-            new = image()
-            norm = torch.linalg.vector_norm(new)
-            # A zero or NaN image would stay in the buffer for good: keep the old direction instead.
-            vector.copy_(torch.where(norm > SPECTRAL_EPS, new / norm, vector))
+        with torch.autocast(matrix.device.type, enabled=False):
+            self.v.copy_(_direction(matrix.mT @ self.u, self.v))
+            self.u.copy_(_direction(matrix @ self.v, self.u))
 
     def spectral_norm(self) -> Tensor:
         """The estimate u.W v, a scalar with gradients to the weight."""
-        return torch.dot(self.u, self.weight.flatten(1) @ self.v).clamp_min(SPECTRAL_EPS)
+        matrix = self.weight.flatten(1)
+        with torch.autocast(matrix.device.type, enabled=False):  # bf16 would lose 1/256 of the norm
+            return torch.dot(self.u, matrix @ self.v).clamp_min(SPECTRAL_EPS)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel_size[0] > 1:
             input = F.pad(input, self._reversed_padding_repeated_twice, mode="circular")
         y = F.conv2d(input, self.weight, None, self.stride)
-        # Dividing the result, smaller than the weight here, gives the same map with less traffic.
+        # The same as a divided weight, but autocast can keep one bf16 copy of the parameter itself.
         assert self.bias is not None
         return torch.addcmul(self.bias[:, None, None], y, 1 / self.spectral_norm())
 
 
 class LocalNorm(nn.Module):
-    """Batch normalisation whose group is one sample: (x - mean_HW) / sqrt(var_HW + 1e-5), then affine.
+    """Batch norm with groups of one sample: (x - mean_HW) / sqrt(var_HW + 1e-5), then affine.
 
     The variance is the biased one. x [B, C, H, W] -> the same. A 1x1 map becomes the bias alone.
     """
@@ -91,10 +100,11 @@ def _block(channels: int, out: int, kernel: int) -> nn.Sequential:
 
 
 def _tower(dim: int, width: int, cmap: int, downsample: int) -> nn.Sequential:
-    """[B, dim, h, w] -> [B, cmap, h', w']: a pointwise block, stride-2 convolutions, a pointwise map to cmap.
+    """[B, dim, h, w] -> [B, cmap, h', w']: pointwise block, stride-2 convolutions, pointwise map.
 
-    A residual block stands between each two stride-2 convolutions (three of them: the paper's head); a
-    tower with fewer than two has one at its end, so that even without a stride pixels see each other.
+    A residual block stands between each two stride-2 convolutions (three of them: the paper's
+    head); a tower with fewer than two has one at its end, so that even without a stride pixels see
+    each other.
     """
     layers: list[nn.Module] = [_block(dim, width, 1)]
     for i in range(downsample):
@@ -107,7 +117,7 @@ def _tower(dim: int, width: int, cmap: int, downsample: int) -> nn.Sequential:
 
 
 class TextMap(nn.Module):
-    """[B, P] -> [B, cmap] linear with equalised learning rate: weight ~ N(0, 1), used times 1/sqrt(P).
+    """[B, P] -> [B, cmap], equalised learning rate: weight ~ N(0, 1), used times 1/sqrt(P).
 
     Without a bias: the last convolution of the reference tower adds one to the same sum.
     """
@@ -137,19 +147,20 @@ class Head(nn.Module):
     def forward(self, feature_x: Tensor, condition: Tensor) -> Tensor:
         embedded = self.main(feature_x.to(self.cmap.weight.dtype))
         if embedded.shape != condition.shape:
-            raise ValueError(f"maps of x {list(embedded.shape)} and of the condition {list(condition.shape)} differ")
-        # A product and a sum, in fp32 under autocast: cmap terms of either sign cancel in the logit.
-        logits = (embedded.float() if embedded.dtype.itemsize < 4 else embedded) * condition
-        return logits.sum(1).flatten(1) * condition.shape[1] ** -0.5
+            raise ValueError(
+                f"maps of x {list(embedded.shape)} and condition {list(condition.shape)} differ"
+            )
+        # Both are fp32 even under autocast: the terms have either sign and cancel in the sum.
+        return (embedded * condition).sum(1).flatten(1) * condition.shape[1] ** -0.5
 
 
 class VFMDiscriminator(nn.Module):
-    """Heads of the discriminator D(x, c, r), one per tap of a frozen backbone (paper.md 1.5).
+    """Heads of the discriminator D(x, c, r), one per tap of a frozen backbone (SenseFlow).
 
     dims: channels of each tap. text_dim: P of the text vector. cmap: length of the dot product.
-    width: channels inside the heads, None: each tap's own. downsample: stride-2 convolutions, 3 for
-    73x73 maps (-> 10x10, 100 logits per head), 0 or 1 for 4x4 maps. Raises ValueError without taps or
-    for a size below its least.
+    width: channels inside the heads, None or 0: each tap's own. downsample: stride-2 convolutions,
+    3 for 73x73 maps (-> 10x10, 100 logits per head), 0 or 1 for 4x4 maps. Raises ValueError without
+    taps or for a size below its least.
     """
 
     def __init__(
@@ -163,22 +174,24 @@ class VFMDiscriminator(nn.Module):
         super().__init__()
         if not dims or min(*dims, text_dim, cmap, width or 1) < 1 or downsample < 0:
             raise ValueError(
-                "VFMDiscriminator needs one tap or more, sizes of at least 1 and downsample >= 0: got "
+                "VFMDiscriminator needs taps, sizes of at least 1 and downsample >= 0: got "
                 f"dims={list(dims)}, {text_dim=}, {cmap=}, {width=}, {downsample=}"
             )
         self.heads = nn.ModuleList(Head(d, text_dim, cmap, width or d, downsample) for d in dims)
 
-    def forward(self, features_x: Sequence[Tensor], text: Tensor, features_r: Sequence[Tensor]) -> list[Tensor]:
-        """Logits, fp32 [B, h'*w'] per head, of x given c and r.
+    def forward(
+        self, features_x: Sequence[Tensor], text: Tensor, features_r: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Logits of x given c and r, [B, h'*w'] per head, in the parameters' dtype (fp32).
 
-        features_x, features_r: taps [B, C, h, w] of the image and of the sample's own real image, of
-        equal sizes. text: [B, P]. Any float dtype. Raises ValueError for another number of taps or
-        maps of different sizes.
+        features_x, features_r: taps [B, C, h, w] of the image and of the sample's own real image,
+        of equal sizes. text: [B, P]. Any float dtype. Raises ValueError for another number of taps
+        or maps of different sizes.
         """
         return self.logits(features_x, self.conditioning(text, features_r))
 
     def conditioning(self, text: Tensor, features_r: Sequence[Tensor]) -> list[Tensor]:
-        """The part of D that x has no share in, [B, cmap, h', w'] per head: one call serves real and fake."""
+        """What D knows of c and r, [B, cmap, h', w'] per head: one call serves real and fake."""
         return [
             head.conditioning(text, f)  # pyright: ignore[reportCallIssue]
             for head, f in zip(self.heads, self._checked(features_r), strict=True)
@@ -190,8 +203,10 @@ class VFMDiscriminator(nn.Module):
         return [head(f, c) for head, f, c in zip(self.heads, taps, conditions, strict=True)]
 
     def update_spectral_norm(self) -> None:
-        """One power iteration of every convolution: call once per discriminator update, outside a
-        forward-backward pair (autograd refuses a backward whose u and v have moved)."""
+        """One power iteration of every convolution: call once per discriminator update.
+
+        Not between a forward and its backward: autograd raises RuntimeError once u and v moved.
+        """
         for module in self.modules():
             if isinstance(module, SpectralConv2d):
                 module.power_iteration()
@@ -205,8 +220,9 @@ class VFMDiscriminator(nn.Module):
 class FakeFeatureDiscriminator(nn.Module):
     """DMD2's classifier on the fake network's middle block: real or generated, seen through noise.
 
-    dim: channels of a token. width: channels inside, None: dim. downsample: stages, each a stride-2
-    convolution, GroupNorm and SiLU; what is left of the grid is averaged before the last linear map.
+    Its form, not its sizes. dim: channels of a token. width: channels inside, None: dim.
+    downsample: stages, each a stride-2 convolution, GroupNorm and SiLU; what is left of the grid is
+    averaged before the last linear map.
     """
 
     def __init__(self, dim: int, width: int | None = None, downsample: int = 2):
@@ -222,8 +238,7 @@ class FakeFeatureDiscriminator(nn.Module):
         self.last = nn.Linear(width if downsample else dim, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits fp32 [B, 1] of tokens [B, T, D], row by row of a square grid. Raises ValueError when
-        T is not a square number."""
+        """Logits [B, 1] of tokens [B, T, D], a square grid by rows. Raises ValueError otherwise."""
         batch, count, dim = tokens.shape
         side = math.isqrt(count)
         if side * side != count:
@@ -232,11 +247,11 @@ class FakeFeatureDiscriminator(nn.Module):
         return self.last(self.stages(grid).mean((2, 3)))
 
     def update_spectral_norm(self) -> None:
-        """Nothing to do: this classifier is not normalised. Here so that a loop need not ask its kind."""
+        """Nothing to do, no layer is normalised so; here so that a loop need not ask the kind."""
 
 
 def softplus_generator(fake: Tensor) -> Tensor:
-    """L_G = mean softplus(-D(fake)), fp32 scalar; fake: logits [B, *]. The non-saturating loss of DMD2."""
+    """DMD2's non-saturating L_G = mean softplus(-D(fake)), fp32 scalar; fake: logits [B, *]."""
     return F.softplus(-fake.float()).mean()
 
 

@@ -1,0 +1,37 @@
+"""What all tests share: no network, fixed seeds, a device, a reason for each skipped GPU test."""
+
+import os
+
+# Before any Hugging Face library is imported: a test that reaches for the network is wrong.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Shared machines make deadlines flaky; the same examples everywhere make a failure repeatable.
+settings.register_profile("senseflow", deadline=None, derandomize=True)
+settings.load_profile("senseflow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason=f"no GPU: torch {torch.__version__} sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same global random state for every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
