@@ -1,6 +1,6 @@
 """Checkpoints that a crash cannot spoil: written beside, synced, then renamed; read by checksum.
 
-A checkpoint is a folder `step-00000123` with `state.pt` and `sha256`, the digest of state.pt in hex.
+A checkpoint is a folder `step-00000123`: `state.pt`, and `sha256`, its digest in hex.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ def _write(partial: Path, state: dict[str, Any]) -> None:
     """state.pt and its digest, on the disk when this returns."""
     partial.mkdir()
     with (partial / STATE).open("wb") as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:
+            # A full disk, of which torch's closing of the archive makes another error.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     (partial / DIGEST).write_text(_digest(partial / STATE))
     for path in (partial / STATE, partial / DIGEST, partial):
         _sync(path)
@@ -80,6 +84,7 @@ def _publish(partial: Path, final: Path) -> None:
     one of the same iteration steps aside first and goes only afterwards."""
     aside = final.with_name(final.name.replace("step-", ".replaced-"))
     if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     os.rename(partial, final)
     _sync(final.parent)
@@ -118,10 +123,9 @@ def save(folder: Path, iteration: int, state: dict[str, Any], keep_last: int) ->
         for left in _folders(folder, (".partial-", ".replaced-")):
             shutil.rmtree(left, ignore_errors=True)
         _prune(final, keep_last)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"checkpoint {final} cannot be written: {reason}") from error
+        raise UserError(f"checkpoint {final} cannot be written: {error.strerror}") from error
     return final
 
 

@@ -128,9 +128,8 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
 
     pictures = to_uint8(many(REFERENCE_SEED))
     save_file({"pictures": pictures}, out / "pictures.safetensors")
-    record: dict[str, Any] = dict(
-        teacher_sha256=weights_sha256(teacher), steps=steps, guidance=guidance, shift=shift, prompts=prompts
-    )
+    settings = dict(steps=steps, guidance=guidance, shift=shift, prompts=prompts)
+    record: dict[str, Any] = dict(teacher_sha256=weights_sha256(teacher), **settings)
     (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
     reference = Reference(out)
     record["real"] = asdict(reference.score(real[:count], shown))

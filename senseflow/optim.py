@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate warm-up, gradient clipping and EMA, none of which waits for the device."""
+"""Optimizer, learning-rate warm-up, gradient clipping and EMA; none waits for the device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def make_adamw(
     Fused, because its `found_inf` skips an update on the device (see apply_if_finite).
     Raises torch's RuntimeError for parameters that it has no fused kernel for.
     """
-    return torch.optim.AdamW(
-        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-    )
+    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def warmup_lr(iteration: int, lr: float, warmup: int) -> float:

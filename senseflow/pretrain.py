@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from senseflow.data.batches import shuffled_index
 from senseflow.data.emoji import load_emoji, to_float
 from senseflow.models.text import embed_prompts
 
-ARCHITECTURE = dict(  # 6.2 M parameters: 64 image tokens of 4x4 pixels, 16 text tokens
+ARCHITECTURE: dict[str, Any] = dict(  # 6.2 M parameters: 64 image tokens of 4x4 pixels, 16 text tokens
     sample_size=32,
     patch_size=4,
     in_channels=3,

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,8 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
+    with suppress(OSError):  # where this fails, _peak_mb is the peak of the process so far
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again at VmRSS
-    except OSError:
-        pass  # _peak_mb is then the peak of the whole process so far
 
 
 def _peak_mb() -> float:

@@ -7,6 +7,7 @@ the rollout length are known to the host; nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -217,8 +218,9 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
         f_real = vfm_features(parts, cfg, step.batch.pixels, step, "augment.real")
         f_fake = vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
     text = step.batch.cond.pooled
-    real = parts.disc(f_real, text, real_features)
-    fake = parts.disc(f_fake, text, real_features)
+    disc: Any = parts.disc
+    condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
+    real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
     weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None
     out = hinge_discriminator(real, fake, weight)
     step.metrics |= {

@@ -272,14 +272,14 @@ def train(args: Arguments) -> int:
         return 0
     total = cfg.train.iterations
     if args.profile:
-        total = cfg.train.fake_warmup + 3 * cfg.train.gen_every  # one cycle measured, two to warm up
+        total = cfg.train.fake_warmup + 4 * cfg.train.gen_every  # warm-up, FLOPs, times, trace
     first = resume(cfg, updates, out, args.resume)
     log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, total, resume_at=first)
     (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
     evaluator = Evaluator(cfg, parts.adapter, parts.teacher, teacher_folder(cfg.model.teacher))
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()
-    profiler = Profiler(args.profile, out, total)
+    profiler = Profiler(args.profile, out, total, cfg.train.gen_every)
 
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}

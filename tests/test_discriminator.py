@@ -88,9 +88,7 @@ def tower_by_hand(tower, x: Tensor, downsample: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "downsample, side, width", [(0, 4, None), (1, 4, 3), (2, 5, None), (3, 9, 4)]
-)
+@pytest.mark.parametrize("downsample, side, width", [(0, 4, None), (1, 4, 3), (2, 5, None), (3, 9, 4)])
 def test_logits_are_the_papers_head(downsample, side, width):
     disc = heads(downsample, width).double()
     for _ in range(200):
@@ -250,9 +248,7 @@ def test_gradcheck():
     x, r = taps(1, 3, torch.float64), taps(1, 3, torch.float64)
     text = torch.randn(1, TEXT, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (*x, text, *r)]
-    assert torch.autograd.gradcheck(
-        lambda a, b, c, d, e: tuple(disc([a, b], c, [d, e])), inputs, fast_mode=True
-    )
+    assert torch.autograd.gradcheck(lambda a, b, c, d, e: tuple(disc([a, b], c, [d, e])), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("downsample", [0, 1, 3])
@@ -334,9 +330,7 @@ def test_softplus_losses():
         return sum(math.log1p(math.exp(v)) for v in values.flatten().tolist()) / 5
 
     assert softplus_generator(fake).item() == pytest.approx(sp(-fake), rel=4 * EPS32)
-    assert softplus_discriminator(real, fake).item() == pytest.approx(
-        sp(-real) + sp(fake), rel=4 * EPS32
-    )
+    assert softplus_discriminator(real, fake).item() == pytest.approx(sp(-real) + sp(fake), rel=4 * EPS32)
     far = torch.tensor([[-1000.0]], requires_grad=True)  # non-saturating: full slope when D is sure
     softplus_generator(far).backward()
     assert far.grad.item() == -1

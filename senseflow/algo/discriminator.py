@@ -36,9 +36,7 @@ class SpectralConv2d(nn.Conv2d):
     v: Tensor
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1):
-        super().__init__(
-            channels, out, kernel, stride, padding=kernel // 2, padding_mode="circular"
-        )
+        super().__init__(channels, out, kernel, stride, padding=kernel // 2, padding_mode="circular")
         self.register_buffer("u", F.normalize(torch.randn(out), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(channels * kernel * kernel), dim=0))
         for _ in range(INITIAL_ITERATIONS):
@@ -147,9 +145,7 @@ class Head(nn.Module):
     def forward(self, feature_x: Tensor, condition: Tensor) -> Tensor:
         embedded = self.main(feature_x.to(self.cmap.weight.dtype))
         if embedded.shape != condition.shape:
-            raise ValueError(
-                f"maps of x {list(embedded.shape)} and condition {list(condition.shape)} differ"
-            )
+            raise ValueError(f"maps of x {list(embedded.shape)} and condition {list(condition.shape)} differ")
         # Both are fp32 even under autocast: the terms have either sign and cancel in the sum.
         return (embedded * condition).sum(1).flatten(1) * condition.shape[1] ** -0.5
 
@@ -179,9 +175,7 @@ class VFMDiscriminator(nn.Module):
             )
         self.heads = nn.ModuleList(Head(d, text_dim, cmap, width or d, downsample) for d in dims)
 
-    def forward(
-        self, features_x: Sequence[Tensor], text: Tensor, features_r: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def forward(self, features_x: Sequence[Tensor], text: Tensor, features_r: Sequence[Tensor]) -> list[Tensor]:
         """Logits of x given c and r, [B, h'*w'] per head, in the parameters' dtype (fp32).
 
         features_x, features_r: taps [B, C, h, w] of the image and of the sample's own real image,

@@ -36,7 +36,7 @@ class Adapter(Protocol):
     """One teacher family. sigma is always fp32 [B]; latents x are [B, C, H, W]."""
 
     schedule: Any  # flow.FlowSchedule or flow.DiffusionSchedule
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     parameterization: str  # "flow": predicts v = eps - x0; "epsilon": predicts eps
 
     def predict(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:

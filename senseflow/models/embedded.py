@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,11 @@ def load_transformer(folder: Path, device: str | torch.device = "cpu") -> torch.
 class EmbeddedAdapter:
     """`models.adapter.Adapter` for the embedded family. Latents are pixels: fp32 [B, 3, 32, 32] in [-1, 1]."""
 
-    parameterization = "flow"
+    parameterization: str = "flow"
 
     def __init__(self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu"):
         self.schedule = FlowSchedule(shift=shift, kind=kind)
-        self.latent_shape = (3, 32, 32)
+        self.latent_shape: tuple[int, ...] = (3, 32, 32)
         self.device = torch.device(device)
 
     def predict(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -95,7 +96,7 @@ class EmbeddedAdapter:
         """Latents are pixels already: [B, 3, 32, 32], nominally in [-1, 1]."""
         return latents
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""
         return embed_prompts(prompts).to(self.device)
 

@@ -24,7 +24,9 @@ def embed_prompts(prompts: Sequence[str], batch: int = 64) -> Condition:
     Raises UserError when the package is missing or its files are not the pinned ones.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
+    hf_logging.disable_progress_bar()  # its bar over 103 tensors is noise beside ours
     folder = package_file(PACKAGE, "model/model.safetensors", WEIGHTS_SHA256).parent
     package_file(PACKAGE, "model/tokenizer.json", TOKENIZER_SHA256)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,174 @@
+"""The run end to end on a small random teacher: determinism, resume, bad input, student folder, profile."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from senseflow.train import main
+
+SMALL = [
+    "--eval.prompts",
+    "4",
+    "--eval.teacher_steps",
+    "1",
+    "--eval.grid",
+    "4",
+    "--eval.every",
+    "1000",
+    "--data.batch",
+    "2",
+    "--train.gen_every",
+    "2",
+    "--log.every",
+    "2",
+    "--log.tensorboard",
+    "false",
+    "--log.progress",
+    "false",
+    "--train.checkpoint_every",
+    "4",
+    "--train.keep_last",
+    "9",
+    "--disc.taps",
+    "2",
+    "--disc.width",
+    "8",
+    "--disc.size",
+    "28",
+    "--train.iterations",
+    "8",
+]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=32, patch_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=384, caption_projection_dim=16, pooled_projection_dim=384,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher")
+    net.save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(teacher: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """run(out, *flags): the exit status of one training."""
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
+
+    def start(out: Path, *flags: str) -> int:
+        return main(["--teacher", str(teacher), "--out", str(out), *SMALL, *flags])
+
+    return start
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, tmp_path, teacher):
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    assert run(a) == 0
+    assert run(b) == 0
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    assert same(a, b)
+    assert run(c, "--train.iterations", "5") == 0  # stops in the middle of a TTUR cycle
+    assert not same(a, c)
+    assert run(c, "--resume") == 0
+    assert same(a, c)
+    rows = [json.loads(line) for line in (c / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["iteration"] for row in rows if "fake" in row]
+    assert trained == list(range(1, 9))
+    from safetensors.torch import load_file
+
+    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(start[k], v) for k, v in weights(a).items())
+    assert len(json.loads((a / "results.json").read_text())) >= 4
+    assert len(list((a / "grids").glob("*.png"))) == 2
+    from senseflow.sample import main as sample
+
+    assert sample(["--student", str(a), "--prompts", "red apple", "cat", "--sampler", "euler"]) == 0
+    assert len(list((a / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--disc.kind", "fake_features", "--ida.lam", "1", "--isg.weight", "0"],
+        ["--disc.kind", "none", "--isg.midpoint", "adaptive", "--ida.mode", "adaptive", "--model.steps", "2"],
+    ],
+)
+def test_every_option_runs(run, tmp_path, flags):
+    assert run(tmp_path / "run", "--train.iterations", "4", *flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("dmd" in row for row in rows)
+    assert all(v == v and abs(v) < 1e9 for row in rows for k, v in row.items() if not k.startswith("eval/"))
+    assert any("adv" in row for row in rows) == ("fake_features" in flags)
+
+
+def test_profile_writes_a_trace_and_a_table(run, tmp_path, capsys):
+    assert run(tmp_path, "--profile") == 0
+    trace = next((tmp_path / "profile").glob("trace.json*"))
+    assert "traceEvents" in json.loads(trace.read_text())
+    printed = capsys.readouterr().out
+    assert "generator" in printed and "fake" in printed
+
+
+def error(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_bad_flags_are_one_line(capsys):
+    assert "train.lr" in error(capsys, ["--train.lr", "7"])
+    assert "did you mean 'train.warmup'" in error(capsys, ["--train.wramup", "7"])
+    assert "vfm" in error(capsys, ["--disc.kind", "foo"])
+    assert "tiny" in error(capsys, ["tinny"])
+    assert "sd35" in error(capsys, ["sd35-large"])
+
+
+def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache):
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
+    assert "does not exist" in error(capsys, ["--teacher", str(tmp_path / "none")])
+    (tmp_path / "t" / "transformer").mkdir(parents=True)
+    assert "transformer/config.json" in error(capsys, ["--teacher", str(tmp_path / "t")])
+    for file in (teacher / "transformer").iterdir():
+        (tmp_path / "t" / "transformer" / file.name).write_bytes(file.read_bytes())
+    cut = tmp_path / "t" / "transformer" / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert "truncated" in error(capsys, ["--teacher", str(tmp_path / "t")])
+    (tmp_path / "file").write_text("")
+    message = error(capsys, ["--teacher", str(teacher), "--out", str(tmp_path / "file"), *SMALL])
+    assert "cannot be written" in message
+    assert "no checkpoint" in error(
+        capsys, ["--teacher", str(teacher), "--out", str(tmp_path / "r"), "--resume", *SMALL]
+    )
+
+
+def test_a_missing_package_names_the_install(capsys, monkeypatch, teacher):
+    import senseflow.data.emoji as emoji
+
+    emoji.picture_files.cache_clear()
+    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
+    assert "pip install -e '.[train]'" in error(capsys, ["--teacher", str(teacher)])
+    emoji.picture_files.cache_clear()
