@@ -20,9 +20,8 @@ from torch import Tensor
 from senseflow.config import UserError
 
 STATE, DIGEST = "state.pt", "sha256"
-# Only `step-` is a finished save. The others are what a crash may leave behind: a new one not yet
-# renamed, and the one it was about to take the place of.
-_FOLDER = re.compile(r"(step-|\.partial-|\.replaced-)(\d{8,})")
+# Only `step-` is a finished save; a crash may leave the other, whole or not: the checksum tells.
+_FOLDER = re.compile(r"(step-|\.partial-)(\d{8,})")
 _PLAIN = (Tensor, str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
 
 
@@ -80,21 +79,19 @@ def _write(partial: Path, state: dict[str, Any]) -> None:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """The rename that makes a checkpoint appear whole. A folder cannot be renamed over another, so
-    one of the same iteration steps aside first and goes only afterwards."""
-    aside = final.with_name(final.name.replace("step-", ".replaced-"))
+    """The rename that makes a checkpoint appear whole. A folder cannot be renamed over another: one
+    of the same iteration goes first, as load_latest would read `partial` in between."""
     if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
+        _sync(final.parent)
+        shutil.rmtree(final)
     os.rename(partial, final)
     _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prune(final: Path, keep_last: int) -> None:
     """Removes all but keep_last. `final` is whole and stays. One with a higher number is the ruin
     that a resume went around, or not ours to judge: it goes only if it is not whole."""
-    steps = [p for p in _folders(final.parent, ("step-",)) if p != final]
+    steps = _folders(final.parent, ("step-",))
     older = [p for p in steps if _iteration(p) < _iteration(final)]
     newer = [p for p in steps if _iteration(p) > _iteration(final)]
     doomed = older[: max(len(older) - max(keep_last - 1, 0), 0)]
@@ -120,11 +117,12 @@ def save(folder: Path, iteration: int, state: dict[str, Any], keep_last: int) ->
             shutil.rmtree(partial)
         _write(partial, state)
         _publish(partial, final)
-        for left in _folders(folder, (".partial-", ".replaced-")):
+        for left in _folders(folder, (".partial-",)):
             shutil.rmtree(left, ignore_errors=True)
         _prune(final, keep_last)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if _flaw(partial):  # makes room; a whole one may by now be the only one of its iteration
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"checkpoint {final} cannot be written: {error.strerror}") from error
     return final
 
@@ -149,7 +147,7 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     if not folder.is_dir():
         return None
     passed, found = [], None
-    for path in reversed(_folders(folder, ("step-", ".partial-", ".replaced-"))):
+    for path in reversed(_folders(folder, ("step-", ".partial-"))):
         flaw = _flaw(path)
         if not flaw:
             try:

@@ -157,7 +157,8 @@ def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: 
     if stream and cfg.disc.augment:
         rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
         pixels = diff_augment(pixels, rand)
-    return parts.vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
+    vfm: Any = parts.vfm
+    return vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
 
 
 def reference_features(parts: Parts, cfg: Config, step: Step):

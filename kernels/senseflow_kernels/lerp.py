@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def lerp_(phi: Sequence[Tensor], theta: Sequence[Tensor], lam: float | Tensor) -
             raise ValueError(f"tensor {i}: phi {tuple(p.shape)} against theta {tuple(t.shape)}")
     phi, theta = [p.detach() for p in phi], [t.detach() for t in theta]
     if all(p.dtype == t.dtype == torch.float32 for p, t in zip(phi, theta, strict=True)):
-        torch._foreach_lerp_(phi, theta, 1 - lam)
+        weight: Any = 1 - lam  # torch's stub knows numbers alone, the function takes 0-d tensors too
+        torch._foreach_lerp_(phi, theta, weight)
         return
     for p, t in zip(phi, theta, strict=True):
         p.copy_(torch.lerp(p.float(), t.float(), 1 - lam))

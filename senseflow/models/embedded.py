@@ -50,7 +50,7 @@ def load_transformer(folder: Path, device: str | torch.device = "cpu") -> torch.
     check_folder(folder)
     try:
         # low_cpu_mem_usage=False: plain construction, so no accelerate is needed
-        net = SD3Transformer2DModel.from_pretrained(
+        net: Any = SD3Transformer2DModel.from_pretrained(
             folder / "transformer", low_cpu_mem_usage=False, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
