@@ -62,7 +62,8 @@ def _reset_peak() -> None:
 
 
 def _peak_mb() -> float:
-    """MB (2^20 bytes) since _reset_peak: allocated on the GPU, resident on the CPU."""
+    """MB (2^20 bytes) since _reset_peak: allocated on the GPU; resident on the CPU, where the heap
+    keeps freed blocks and so levels the phases out."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

@@ -283,7 +283,7 @@ def train(args: Arguments) -> int:
 
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}
-        checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
+        monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
         save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg)
 
     def look(iteration: int) -> None:
