@@ -28,13 +28,8 @@ def test_released_values(preset, adv, isg, lam, f, dmd_w, isg_w, margin):
 
 def test_dmd2_is_the_baseline():
     c = PRESETS["dmd2"]()
-    assert (c.ida.lam, c.isg.weight, c.disc.kind, c.disc.weight, c.disc.d_weight) == (
-        1.0,
-        0.0,
-        "fake_features",
-        5e-3,
-        1e-2,
-    )
+    assert (c.ida.lam, c.isg.weight, c.disc.kind) == (1.0, 0.0, "fake_features")
+    assert (c.disc.weight, c.disc.d_weight) == (5e-3, 1e-2)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -45,7 +40,7 @@ def test_json_round_trip(name):
 
 
 def test_every_numeric_field_has_a_range_and_every_field_a_doc():
-    for name, (kind, value, doc) in settings(Config()).items():
+    for name, (kind, _value, doc) in settings(Config()).items():
         assert doc, name
         if kind in (int, float) and name not in ("fake.logit_mean",):
             with pytest.raises(UserError, match=name.rpartition(".")[2]):
@@ -64,7 +59,7 @@ def test_flags():
         parse(["--dmd.guidance_min", "9"], "x")
     with pytest.raises(UserError, match="needs a value"):
         parse(["--seed"], "x")
-    with pytest.raises(UserError, match="unknown field 'train.foo'"):
+    with pytest.raises(UserError, match=r"unknown field 'train\.foo'"):
         from_dict({"train": {"foo": 1}})
     assert dataclasses.is_dataclass(args.config)
 

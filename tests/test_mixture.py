@@ -52,9 +52,9 @@ def samples(plane, student):
 
 
 def test_student_reaches_every_mode():
-    """After 400 student updates: every mode holds 15 to 35 % of the samples, their means lie within 0.15 of the modes, and
-    65 % of the samples lie within 3 deviations of a mode (under 20 % at the start). The mixture itself has 98.9 %: a smooth map
-    of one Gaussian has to bridge its modes."""
+    """After 400 student updates: every mode holds 15 to 35 % of the samples, their means lie within 0.15 of the modes,
+    and 65 % of the samples within 3 deviations of a mode (under 20 % at the start). The mixture itself has 98.9 %: a
+    smooth map of one Gaussian has to bridge its modes."""
     torch.manual_seed(0)
     plane, draws, ids = Plane(), Draws(0), torch.arange(BATCH)
     cond = Condition(torch.zeros(BATCH, 1, 1), torch.zeros(BATCH, 1))
