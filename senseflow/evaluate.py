@@ -34,7 +34,7 @@ from senseflow.metrics import (
     train_alignment,
 )
 from senseflow.models.adapter import Condition
-from senseflow.models.embedded import EmbeddedAdapter, load_transformer, teacher_folder
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
 from senseflow.models.lite0 import load_lite0
 from senseflow.presets import tiny
 from senseflow.sample import load_student, picture_grid, student_samples, teacher_samples
@@ -111,7 +111,7 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
 
     net = load_transformer(teacher)
     data = load_emoji()
-    adapter = EmbeddedAdapter()
+    adapter = EmbeddedAdapter(vae=load_vae(teacher))
     cond = adapter.encode_prompts(data.captions)
     real = to_float(data.images)
     count = prompts or len(data)
@@ -128,7 +128,7 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
         return teacher_samples(adapter, net, steps, guidance, shift, shown, seed)
 
     pictures = to_uint8(many(REFERENCE_SEED))
-    save_file({"pictures": pictures}, out / "pictures.safetensors")
+    save_file({"pictures": pictures.contiguous()}, out / "pictures.safetensors")
     settings = dict(steps=steps, guidance=guidance, shift=shift, prompts=prompts)
     record: dict[str, Any] = dict(teacher_sha256=weights_sha256(teacher), **settings)
     (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -13,7 +13,7 @@ from senseflow.config import Config
 SAMPLER_NOTE = "stochastic re-noise at the anchors, no guidance; euler works too"
 
 
-def save_student(folder: Path, net: Any, anchors: list[float], cfg: Config) -> None:
+def save_student(folder: Path, net: Any, anchors: list[float], cfg: Config, adapter: Any = None) -> None:
     """Writes the student beside the old one and swaps, so that a crash leaves one of the two whole.
 
     net: a diffusers SD3Transformer2DModel; anchors: descending sigmas.
@@ -24,6 +24,8 @@ def save_student(folder: Path, net: Any, anchors: list[float], cfg: Config) -> N
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     net.save_pretrained(partial / "transformer")
+    if getattr(adapter, "vae", None) is not None:
+        adapter.vae.save_pretrained(partial / "vae")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=cfg.model.shift, stochastic_sampling=True)
     scheduler.save_pretrained(partial / "scheduler")
     record = dict(

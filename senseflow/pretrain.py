@@ -23,7 +23,7 @@ from torch import Tensor
 
 from senseflow import checkpoint
 from senseflow.data.batches import shuffled_index
-from senseflow.data.emoji import load_emoji, to_float
+from senseflow.data.emoji import load_variants, pick_variants, to_float
 from senseflow.models.text import embed_prompts
 
 ARCHITECTURE: dict[str, Any] = dict(  # 6.2 M parameters: 64 image tokens of 4x4 pixels, 16 text tokens
@@ -123,8 +123,7 @@ def build(args: argparse.Namespace):
 
 def train(args: argparse.Namespace) -> None:
     """The run: data, network, loop, checkpoints, and the teacher folder at the end and at every checkpoint."""
-    data = load_emoji()
-    pixels = to_float(data.images)
+    data = load_variants()
     text = embed_prompts([*data.captions, ""])  # the last row is the empty prompt
     listing = hashlib.sha256("\n".join(data.captions).encode()).hexdigest()
     net, optimizer, ema, done = build(args)
@@ -134,9 +133,10 @@ def train(args: argparse.Namespace) -> None:
     log = (args.out / "pretrain.jsonl").open("a")
     losses, started = [], time.monotonic()
     for it in range(done, args.iterations):
-        index, sigma, noise, keep = draw_batch(args.seed, it, args.batch, len(data), tuple(pixels.shape[1:]))
+        index, sigma, noise, keep = draw_batch(args.seed, it, args.batch, len(data), tuple(data.images.shape[2:]))
+        x0 = to_float(pick_variants(data.images, index, args.seed * 32_452_843 + it))
         captions = torch.where(keep < args.dropout, len(data), index)
-        loss = flow_matching_loss(net, pixels[index], noise, sigma, text.embeds[captions], text.pooled[captions])
+        loss = flow_matching_loss(net, x0, noise, sigma, text.embeds[captions], text.pooled[captions])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         lr = learning_rate(it, args.iterations, args.lr, args.warmup, args.cooldown)

@@ -17,7 +17,7 @@ from senseflow.config import UserError
 from senseflow.data.emoji import to_uint8
 from senseflow.draws import Draws
 from senseflow.models.adapter import Adapter, Condition
-from senseflow.models.embedded import EmbeddedAdapter, load_transformer
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae
 
 SAMPLERS = ("renoise", "euler")
 
@@ -101,7 +101,7 @@ def load_student(run: Path) -> tuple[EmbeddedAdapter, nn.Module, dict[str, Any]]
     if not record_file.is_file():
         raise UserError(f"{run} holds no student (no {record_file.name}): give the folder of a run")
     record = json.loads(record_file.read_text())
-    adapter = EmbeddedAdapter(record["shift"], record["shift_kind"])
+    adapter = EmbeddedAdapter(record["shift"], record["shift_kind"], vae=load_vae(folder))
     return adapter, load_transformer(folder), record
 
 

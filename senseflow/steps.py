@@ -6,6 +6,8 @@ the rollout length are known to the host; nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, omega, prediction_to_x0
 from senseflow.models.adapter import Adapter, Condition
+from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
 
 
@@ -38,6 +41,7 @@ class Parts:
     anchors: list[float]  # descending sigmas of the student
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
 
 
 @dataclass
@@ -51,12 +55,50 @@ class Step:
     sigma_prev: Tensor  # fp32 [B], the next lower anchor, 0 after the last
     pred: Tensor  # [B, C, H, W] the student's prediction
     x0: Tensor  # [B, C, H, W] what it means as x0
+    fake_taps: list[Tensor] | None = None  # backbone taps of x0, where the generator's step made them
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PhasedAdapter:
+    """An adapter that times every network by name. A call inside another phase (the rollout) belongs to that one."""
+
+    def __init__(self, adapter: Any, profiler: Profiler, names: dict[int, str]):
+        self.adapter, self.profiler, self.names = adapter, profiler, names
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.adapter, name)
+
+    def predict(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        with nullcontext() if self.profiler.inside else self.profiler.phase(self.names[id(net)]):
+            return self.adapter.predict(net, x, sigma, cond)
+
+    def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        with self.profiler.phase("D features"):
+            return self.adapter.features(net, x, sigma, cond)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with self.profiler.phase("decode"):
+            return self.adapter.decode(latents)
+
+
+def phased(parts: Parts, profiler: Profiler) -> None:
+    """Makes `parts` report its phases to the profiler."""
+    names = {id(parts.student): "student", id(parts.fake): "fake", id(parts.teacher): "teacher"}
+    adapter: Any = PhasedAdapter(parts.adapter, profiler, names)
+    parts.adapter = adapter
+    parts.phase = profiler.phase
 
 
 def range_of(u: Tensor, low: float, high: float) -> Tensor:
     """U(low, high) from u in [0, 1)."""
     return low + (high - low) * u
+
+
+def encoded(parts: Parts, batch: Batch, iteration: int) -> Batch:
+    """The batch with the latents of its pixels; the posterior's noise is drawn like everything else."""
+    noise = parts.draws.normal(iteration, batch.samples, "posterior", parts.adapter.latent_shape)
+    batch.latents = parts.adapter.encode(batch.pixels, noise)
+    return batch
 
 
 def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
@@ -71,7 +113,8 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     if d.coin(iteration, cfg.rollout.backward_prob):
         j = d.integer(iteration, len(parts.anchors))
         noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]
-        x_tau = backward_simulation(parts.adapter, parts.student, noises, parts.anchors, j, batch.cond)
+        with parts.phase("rollout"):
+            x_tau = backward_simulation(parts.adapter, parts.student, noises, parts.anchors, j, batch.cond)
         index = torch.full_like(ids, j)
     else:
         u = d.uniform(iteration, ids, "anchor")
@@ -158,7 +201,8 @@ def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: 
         rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
         pixels = diff_augment(pixels, rand)
     vfm: Any = parts.vfm
-    return vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
+    with parts.phase("VFM backbone"):
+        return vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
 
 
 def reference_features(parts: Parts, cfg: Config, step: Step):
@@ -197,7 +241,9 @@ def adversarial_generator(parts: Parts, cfg: Config, step: Step, real_features) 
         return softplus_generator(fake_feature_logits(parts, step.x0, step, "adv.g"))
     pixels = parts.adapter.decode(step.x0)
     taps = vfm_features(parts, cfg, pixels, step, "augment.fake")
-    logits = parts.disc(taps, step.batch.cond.pooled, real_features)
+    step.fake_taps = [t.detach() for t in taps]  # D's own step looks at the same picture
+    with parts.phase("D heads"):
+        logits = parts.disc(taps, step.batch.cond.pooled, real_features)
     return hinge_generator(logits, step_weight(parts, cfg, step))
 
 
@@ -206,22 +252,18 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
     assert parts.disc is not None
     x0 = step.x0.detach()
     if cfg.disc.kind == "fake_features":
-        with torch.no_grad():  # the classifier learns; the fake network is trained by its own loss
-            x_real, s_real = noised(parts, step.batch.latents, step, "adv.real")
-            x_fake, s_fake = noised(parts, x0, step, "adv.fake")
-            cond = step.batch.cond
-            f_real = parts.adapter.features(parts.fake, x_real, s_real, cond)
-            f_fake = parts.adapter.features(parts.fake, x_fake, s_fake, cond)
-        real, fake = parts.disc(f_real), parts.disc(f_fake)
+        real = fake_feature_logits(parts, step.batch.latents, step, "adv.real")
+        fake = fake_feature_logits(parts, x0, step, "adv.fake")
         step.metrics["d_accuracy"] = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
-        return cfg.disc.d_weight * softplus_discriminator(real, fake)
+        return softplus_discriminator(real, fake)
     with torch.no_grad():
         f_real = vfm_features(parts, cfg, step.batch.pixels, step, "augment.real")
-        f_fake = vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
+        f_fake = step.fake_taps or vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
     text = step.batch.cond.pooled
     disc: Any = parts.disc
-    condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
-    real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
+    with parts.phase("D heads"):
+        condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
+        real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
     weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None
     out = hinge_discriminator(real, fake, weight)
     step.metrics |= {
@@ -257,8 +299,10 @@ __all__ = [
     "Parts",
     "Step",
     "discriminator_loss",
+    "encoded",
     "fake_loss",
     "generator_losses",
+    "phased",
     "reference_features",
     "saturation",
     "student_forward",

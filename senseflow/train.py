@@ -18,29 +18,30 @@ from torch import Tensor, nn
 
 from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
-from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.algo.isg import measure_error_curve
 from senseflow.cli import Arguments, parse
 from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
-from senseflow.data.emoji import load_emoji
+from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
 from senseflow.evaluate import Evaluator
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
-from senseflow.models.embedded import EmbeddedAdapter, load_transformer, teacher_folder
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
 from senseflow.models.vfm import load_dinov2_small
-from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, warmup_lr
 from senseflow.profiling import Profiler
 from senseflow.steps import (
     Parts,
     discriminator_loss,
+    encoded,
     fake_loss,
     generator_losses,
+    phased,
     reference_features,
     saturation,
     student_forward,
 )
+from senseflow.updates import Updates
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
@@ -66,8 +67,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         raise UserError(f"model.family = {cfg.model.family!r} has no adapter yet: allowed here is 'embedded'")
     folder = teacher_folder(cfg.model.teacher)
     teacher = load_transformer(folder, device).requires_grad_(False)
-    images = load_emoji()
-    adapter = EmbeddedAdapter(cfg.model.shift, cfg.model.shift_kind, str(device))
+    images = load_variants()
+    adapter = EmbeddedAdapter(cfg.model.shift, cfg.model.shift_kind, str(device), load_vae(folder, device))
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     for net in (student, fake):
@@ -77,109 +78,37 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     anchors = adapter.schedule.anchors(cfg.model.steps)
     parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed))
     if cfg.isg.midpoint == "adaptive":
-        batch = data.batch(0, cfg.data.batch)
+        batch = encoded(parts, data.batch(0, cfg.data.batch), 0)
         noise = parts.draws.normal(0, batch.samples, "curve", tuple(batch.latents.shape[1:]))
         sigmas = torch.linspace(1 / CURVE_POINTS, 1, CURVE_POINTS)
         parts.curve = measure_error_curve(adapter, teacher, batch.latents, batch.cond, noise, sigmas)
     return parts, data
 
 
-class Updates:
-    """The three optimizers, the EMA and IDA's lambda: everything that changes weights."""
-
-    def __init__(self, cfg: Config, parts: Parts):
-        t = cfg.train
-        self.cfg, self.parts = cfg, parts
-        self.params = {
-            "student": list(parts.student.parameters()),
-            "fake": list(parts.fake.parameters()),
-        }
-        if parts.disc is not None:
-            self.params["disc"] = list(parts.disc.parameters())
-        self.lr = {"student": t.lr, "fake": t.fake_lr, "disc": t.disc_lr}
-        self.optimizers = {
-            name: make_adamw(params, self.lr[name], (t.beta1, t.beta2), t.eps, t.weight_decay)
-            for name, params in self.params.items()
-        }
-        self.ema = Ema(self.params["student"], cfg.ema.decay) if cfg.ema.decay > 0 else None
-        self.adaptive = AdaptiveLambda(cfg.ida.lam) if cfg.ida.mode == "adaptive" else None
-
-    def step(self, name: str, loss: Tensor, iteration: int) -> dict[str, Tensor]:
-        """One backward, clip and Adam step of one network; skipped where loss or norm is not finite."""
-        params, optimizer = self.params[name], self.optimizers[name]
-        loss.backward(inputs=params)
-        norm = clip_grad_norm_(params, self.cfg.train.clip)
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_lr(iteration, self.lr[name], self.cfg.train.warmup)
-        apply_if_finite(optimizer, finite)
-        optimizer.zero_grad(set_to_none=True)
-        return {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}
-
-    def after_student(self, metrics: dict[str, Tensor]) -> None:
-        """IDA right after the generator's step (paper.md 1.3), then the EMA of the student."""
-        theta, phi = self.params["student"], self.params["fake"]
-        lam: float | Tensor = self.cfg.ida.lam
-        if self.adaptive is not None:
-            lam = self.adaptive.update(metrics["fake_real_gap"])
-        if self.adaptive is not None or self.cfg.ida.lam < 1:
-            ida_update(phi, theta, lam)
-        if self.ema is not None:
-            self.ema.update(self.params["student"])
-
-    def state(self) -> dict[str, Any]:
-        named: dict[str, Any] = {"student": self.parts.student.state_dict()}
-        named["fake"] = self.parts.fake.state_dict()
-        if self.parts.disc is not None:
-            named["disc"] = self.parts.disc.state_dict()
-        named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
-        if self.ema is not None:
-            named["ema"] = self.ema.state_dict()
-        if self.adaptive is not None:
-            named["adaptive"] = self.adaptive.state_dict()
-        return named
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.parts.student.load_state_dict(state["student"])
-        self.parts.fake.load_state_dict(state["fake"])
-        if self.parts.disc is not None:
-            self.parts.disc.load_state_dict(state["disc"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.adaptive is not None:
-            self.adaptive.load_state_dict(state["adaptive"])
-
-
-def iterate(
-    cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration: int, prof: Profiler
-) -> dict[str, Tensor]:
+def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration: int) -> dict[str, Tensor]:
     """One iteration of Algorithm 1: student forward, its step and IDA on every f-th, then fake, then D."""
     turn = iteration - cfg.train.fake_warmup
     is_gen = turn >= 0 and (turn + 1) % cfg.train.gen_every == 0
-    with prof.phase("student"):
-        step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
-    with prof.phase("reference features"):
-        reference = reference_features(parts, cfg, step)
+    step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
+    reference = reference_features(parts, cfg, step)
     if is_gen:
-        with prof.phase("generator losses"):
-            loss = generator_losses(parts, cfg, step, reference)
-        with prof.phase("generator backward + AdamW"):
-            step.metrics |= updates.step("student", loss, iteration)
-        with prof.phase("IDA + EMA"):
-            updates.after_student(step.metrics)
+        loss = generator_losses(parts, cfg, step, reference)
+        step.metrics |= updates.step(loss, iteration, "student")
+        updates.after_student(step.metrics)
         step.x0 = step.x0.detach()
-    with prof.phase("fake"):
-        loss = fake_loss(parts, cfg, step)
-        step.metrics["fake"] = loss.detach()
-        step.metrics |= updates.step("fake", loss, iteration)
-    if parts.disc is not None:
-        with prof.phase("discriminator"):
-            loss = discriminator_loss(parts, cfg, step, reference)
-            step.metrics["disc"] = loss.detach()
-            step.metrics |= updates.step("disc", loss, iteration)
-            parts.disc.update_spectral_norm()  # type: ignore[operator]
+    loss = fake_loss(parts, cfg, step)
+    step.metrics["fake"] = loss.detach()
+    if cfg.disc.kind == "fake_features":  # DMD2: the classifier and the features it reads learn together
+        adversarial = discriminator_loss(parts, cfg, step, reference)
+        step.metrics["disc"] = adversarial.detach()
+        step.metrics |= updates.step(loss + cfg.disc.d_weight * adversarial, iteration, "fake", "disc")
+    else:
+        step.metrics |= updates.step(loss, iteration, "fake")
+    if cfg.disc.kind == "vfm":
+        loss = discriminator_loss(parts, cfg, step, reference)
+        step.metrics["disc"] = loss.detach()
+        step.metrics |= updates.step(loss, iteration, "disc")
+        parts.disc.update_spectral_norm()  # type: ignore[operator]
     step.metrics["saturation"] = saturation(step.x0)
     return step.metrics
 
@@ -280,11 +209,13 @@ def train(args: Arguments) -> int:
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()
     profiler = Profiler(args.profile, out, total, cfg.train.gen_every)
+    if args.profile:
+        phased(parts, profiler)
 
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
-        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg)
+        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
 
     def look(iteration: int) -> None:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
@@ -302,9 +233,9 @@ def train(args: Arguments) -> int:
         if first == 0 and not args.profile:
             look(0)
         for iteration in range(first, total):
-            batch = data.batch(iteration, cfg.data.batch)
+            batch = encoded(parts, data.batch(iteration, cfg.data.batch), iteration)
             with profiler.iteration():
-                metrics = iterate(cfg, parts, updates, batch, iteration, profiler)
+                metrics = iterate(cfg, parts, updates, batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
                 metrics["ida_drift"] = drift(parts)

@@ -124,12 +124,56 @@ def test_every_option_runs(run, tmp_path, flags):
     assert any("adv" in row for row in rows) == ("fake_features" in flags)
 
 
+def test_a_vae_in_the_teacher_folder_is_used_end_to_end(teacher, cache, tmp_path, monkeypatch):
+    """A random AutoencoderKL: latents 4x16x16, gradients through its decoder, the student's folder."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    from senseflow.models.embedded import EmbeddedAdapter, load_vae
+
+    folder = tmp_path / "teacher"
+    torch.manual_seed(0)
+    config = dict(SD3Transformer2DModel.load_config(teacher / "transformer"))
+    config |= {"sample_size": 16, "patch_size": 4, "in_channels": 4, "out_channels": 4}
+    SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, shift_factor=0.1, scaling_factor=1.5, **blocks
+    ).save_pretrained(folder / "vae")
+    adapter = EmbeddedAdapter(vae=load_vae(folder))
+    pixels, noise = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 16, 16)
+    latents = adapter.encode(pixels, noise)
+    posterior = adapter.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise - 0.1) * 1.5)
+    latents.requires_grad_()
+    adapter.decode(latents).square().sum().backward()
+    assert latents.grad is not None and latents.grad.abs().min() > 0
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
+    out = tmp_path / "run"
+    assert main(["--teacher", str(folder), "--out", str(out), *SMALL, "--train.iterations", "2"]) == 0
+    from senseflow.sample import load_student
+
+    restored, _, record = load_student(out)
+    assert restored.latent_shape == (4, 16, 16) and record["anchors"][0] == 1.0
+
+
 def test_profile_writes_a_trace_and_a_table(run, tmp_path, capsys):
-    assert run(tmp_path, "--profile") == 0
+    assert run(tmp_path, "--profile", "--rollout.backward_prob", "1") == 0
     trace = next((tmp_path / "profile").glob("trace.json*"))
     assert "traceEvents" in json.loads(trace.read_text())
     printed = capsys.readouterr().out
-    assert "generator" in printed and "fake" in printed
+    phases = (
+        "rollout",
+        "student",
+        "teacher",
+        "fake",
+        "VFM backbone",
+        "D heads",
+        "decode",
+        "backward",
+        "clip + AdamW",
+        "IDA + EMA",
+    )
+    assert [name for name in phases if name not in printed] == []
 
 
 def error(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:

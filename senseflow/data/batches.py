@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from senseflow.data.emoji import EmojiSet, to_float
+from senseflow.data.emoji import EmojiSet, pick_variants, to_float
 from senseflow.models.adapter import Condition
 
 
@@ -34,12 +34,12 @@ def shuffled_index(seed: int, first: int, batch: int, count: int) -> Tensor:
 
 
 class EmbeddedData:
-    """The emoji set in memory, with its prompt embeddings. Latents are the pixels (identity VAE)."""
+    """The emoji variants in memory, with their prompt embeddings. Latents are the pixels (identity VAE)."""
 
-    def __init__(self, images: EmojiSet, cond: Condition, seed: int, device: str | torch.device):
-        self.pixels = to_float(images.images).to(device)
+    def __init__(self, variants: EmojiSet, cond: Condition, seed: int, device: str | torch.device):
+        self.images = variants.images  # uint8 [N, V, 3, H, W], on the host
         self.cond = cond.to(device)
-        self.captions = images.captions
+        self.captions = variants.captions
         self.seed = seed
 
     def __len__(self) -> int:
@@ -48,7 +48,8 @@ class EmbeddedData:
     def batch(self, iteration: int, size: int) -> Batch:
         """The global batch of an iteration; its samples carry the indices iteration * size + 0 ... size - 1."""
         first = iteration * size
-        index = shuffled_index(self.seed, first, size, len(self)).to(self.pixels.device)
-        pixels = self.pixels[index]
-        samples = torch.arange(first, first + size, device=pixels.device)
-        return Batch(pixels, pixels, self.cond.index(index), samples)
+        device = self.cond.embeds.device
+        index = shuffled_index(self.seed, first, size, len(self))
+        pixels = to_float(pick_variants(self.images, index, self.seed * 15_485_863 + iteration)).to(device)
+        samples = torch.arange(first, first + size, device=device)
+        return Batch(pixels, pixels, self.cond.index(index.to(device)), samples)

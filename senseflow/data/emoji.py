@@ -24,7 +24,7 @@ ATTRIBUTION = "Twemoji (c) 2019 Twitter, Inc and other contributors, CC-BY 4.0"
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """images: uint8 [N, 3, S, S] on white; captions: N strings, in the same order."""
+    """images: uint8 [N, 3, S, S] on white, or [N, V, 3, S, S] with V variants of each; captions: N strings."""
 
     images: Tensor
     captions: list[str]
@@ -83,6 +83,31 @@ def load_emoji(names: list[str] | None = None, size: int = 32) -> EmojiSet:
         flat = Image.alpha_composite(white, picture).convert("RGB")
         images[i] = np.asarray(flat.resize((size, size), Image.Resampling.LANCZOS))
     return EmojiSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), list(names))
+
+
+VARIANT_SIZES = (28, 32)  # pixels of the picture in the middle of the 32-pixel canvas
+
+
+def load_variants(names: list[str] | None = None, canvas: int = 32) -> EmojiSet:
+    """The pictures at both sizes of VARIANT_SIZES, each as it is and mirrored: uint8 [N, 4, 3, 32, 32].
+
+    A caption alone then leaves open how large its picture is and which way it looks: what a teacher learns is a
+    distribution with four modes and not one picture per caption, which a few Euler steps blur.
+    """
+    placed = []
+    for size in VARIANT_SIZES:
+        plain = load_emoji(names, size)
+        margin = (canvas - size) // 2
+        white = torch.full((len(plain), 3, canvas, canvas), 255, dtype=torch.uint8)
+        white[:, :, margin : margin + size, margin : margin + size] = plain.images
+        placed += [white, white.flip(3)]
+    return EmojiSet(torch.stack(placed, 1), plain.captions)
+
+
+def pick_variants(images: Tensor, index: Tensor, seed: int) -> Tensor:
+    """uint8 [B, 3, H, W]: for pictures index int64 [B] of images [N, V, 3, H, W], a variant each, drawn from `seed`."""
+    drawn = torch.randint(images.shape[1], index.shape, generator=torch.Generator().manual_seed(seed))
+    return images[index, drawn]
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Adapter(Protocol):
         """Image tokens [B, T, D] of the middle block, for disc.kind fake_features."""
         ...
 
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents of pixels; noise, of the latents' shape, draws from a VAE's posterior."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, Hp, Wp] in [-1, 1], differentiable."""
         ...

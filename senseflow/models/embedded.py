@@ -59,14 +59,37 @@ def load_transformer(folder: Path, device: str | torch.device = "cpu") -> torch.
     return net.float().eval().to(device)
 
 
+def load_vae(folder: Path, device: str | torch.device = "cpu") -> Any:
+    """The frozen AutoencoderKL of a diffusers folder, or None where there is no `vae` folder: latents are pixels then.
+
+    Raises UserError when it does not load.
+    """
+    if not (folder / "vae").is_dir():
+        return None
+    from diffusers import AutoencoderKL
+
+    try:
+        vae: Any = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / 'vae'} does not load: {str(error).strip().splitlines()[0]}") from None
+    return vae.float().eval().requires_grad_(False).to(device)
+
+
 class EmbeddedAdapter:
-    """`models.adapter.Adapter` for the embedded family. Latents are pixels: fp32 [B, 3, 32, 32] in [-1, 1]."""
+    """`models.adapter.Adapter` for the embedded family: an SD3 transformer with MiniLM text.
+
+    Latents are pixels, fp32 [B, 3, 32, 32] in [-1, 1], or (z - shift) * scale of a VAE's posterior.
+    """
 
     parameterization: str = "flow"
 
-    def __init__(self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu"):
+    def __init__(self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu", vae: Any = None):
         self.schedule = FlowSchedule(shift=shift, kind=kind)
+        self.vae = vae
         self.latent_shape: tuple[int, ...] = (3, 32, 32)
+        if vae is not None:
+            side = 32 // 2 ** (len(vae.config.block_out_channels) - 1)
+            self.latent_shape = (vae.config.latent_channels, side, side)
         self.device = torch.device(device)
 
     def predict(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -92,9 +115,20 @@ class EmbeddedAdapter:
             handle.remove()
         return caught[0]
 
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents of pixels [B, 3, 32, 32] in [-1, 1]: a posterior sample by `noise`, of the latents' shape."""
+        if self.vae is None:
+            return pixels
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+        z = posterior.mean + posterior.std * noise
+        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents are pixels already: [B, 3, 32, 32], nominally in [-1, 1]."""
-        return latents
+        """Pixels [B, 3, 32, 32], nominally in [-1, 1], differentiable in the latents."""
+        if self.vae is None:
+            return latents
+        return self.vae.decode(latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""
