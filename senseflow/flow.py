@@ -33,10 +33,18 @@ class FlowSchedule:
     kind: Literal["linear", "exponential"] = "linear"
     parameterization = "flow"
 
+    def _ratio(self) -> float:
+        return math.exp(self.shift) if self.kind == "exponential" else self.shift
+
     def sigma(self, u: Tensor) -> Tensor:
         """Shifted sigma of u in [0, 1], same shape and dtype. sigma(0) = 0 and sigma(1) = 1."""
-        s = math.exp(self.shift) if self.kind == "exponential" else self.shift
+        s = self._ratio()
         return s * u / (1 + (s - 1) * u)
+
+    def unshift(self, sigma: Tensor) -> Tensor:
+        """u in [0, 1] with sigma(u) = sigma, same shape and dtype."""
+        s = self._ratio()
+        return sigma / (s - (s - 1) * sigma)
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 - sigma
@@ -129,7 +137,7 @@ def omega(sigma: Tensor, law: str, schedule: Any) -> Tensor:
 
     `paper`: alpha^2. `released-sdxl`: alpha. `one`: 1. `released-sd35`: the released code reads the shifted table from
     its other end, sigma(1 - u + .001)^2 for the anchor sigma(u): .811, .564, .251, 9e-6 at sigma .5, .75, .9, 1.
-    Raises ValueError for another law.
+    Raises ValueError for another law, and for released-sd35 with a schedule that has no shift to read from.
     """
     alpha = schedule.alpha(sigma)
     if law == "paper":
@@ -139,6 +147,9 @@ def omega(sigma: Tensor, law: str, schedule: Any) -> Tensor:
     if law == "one":
         return torch.ones_like(sigma)
     if law == "released-sd35":
-        u = sigma / (schedule.shift - (schedule.shift - 1) * sigma)  # inverse of the linear shift
-        return schedule.sigma((1 - u + 0.001).clamp(max=1)).square()
+        if not isinstance(schedule, FlowSchedule):
+            raise ValueError(
+                "omega law released-sd35 reads a flow's shifted table; allowed here: paper, released-sdxl, one"
+            )
+        return schedule.sigma((1 - schedule.unshift(sigma) + 0.001).clamp(max=1)).square()
     raise ValueError(f"omega law must be paper, released-sd35, released-sdxl or one, got {law!r}")

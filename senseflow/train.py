@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
-from senseflow.algo.isg import measure_error_curve
+from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
 from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
@@ -130,6 +130,20 @@ def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     return net
 
 
+def save_curve(curve: ErrorCurve, anchors: list[float], out: Path) -> None:
+    """xi(sigma), the teacher's measured reconstruction error, as xi.json and xi.png with the anchors marked."""
+    from matplotlib.figure import Figure
+
+    points = {"sigma": curve.sigmas.tolist(), "xi": curve.xi.tolist()}
+    (out / "xi.json").write_text(json.dumps(points) + "\n")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="sigma", ylabel="mean (x0_hat - x0)^2")
+    axes.plot(points["sigma"], points["xi"])
+    for anchor in anchors:
+        axes.axvline(anchor, linewidth=0.5, color="grey")
+    figure.savefig(out / "xi.png")
+
+
 class Stop:
     """Ctrl-C asks the run to end after the iteration in progress; a second one ends it at once."""
 
@@ -205,6 +219,8 @@ def train(args: Arguments) -> int:
     first = resume(cfg, updates, out, args.resume)
     log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, total, resume_at=first)
     (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
+    if parts.curve is not None:
+        save_curve(parts.curve, parts.anchors, out)
     evaluator = Evaluator(cfg, parts.adapter, parts.teacher, teacher_folder(cfg.model.teacher))
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()

@@ -134,6 +134,24 @@ def test_ida_closed_form_and_adaptive_lambda():
     assert torch.equal(restored.update(torch.tensor(1.0)), torch.tensor(0.97))
 
 
+def test_adaptive_lambda_survives_gaps_that_are_not_finite():
+    clean, hit = AdaptiveLambda(0.97), AdaptiveLambda(0.97)
+    for bad in (torch.nan, torch.inf):  # before the first finite one: lam0
+        assert torch.equal(hit.update(torch.tensor(bad)), torch.tensor(0.97))
+    hit.updates = 0
+    for gap in (1.0, 1.5, 2.0, 1.0, 1.0, 3.0, 2.0):
+        expected = clean.update(torch.tensor(gap))
+        assert torch.equal(hit.update(torch.tensor(gap)), expected)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert torch.equal(hit.update(torch.tensor(bad)), expected)
+    assert torch.equal(hit.update(torch.tensor(2.5)), clean.update(torch.tensor(2.5)))
+    late = AdaptiveLambda(0.97)
+    for _ in range(AdaptiveLambda.WARM + 1):
+        late.update(torch.tensor(torch.nan))
+    late.update(torch.tensor(2.0))  # the reference, though the warm-up is over
+    assert torch.equal(late.update(torch.tensor(2.0)), torch.tensor(0.97))
+
+
 def test_rollout_stops_at_the_drawn_anchor():
     anchors = [1.0, 0.9, 0.75, 0.5]
     noises = [torch.randn(SHAPE) for _ in range(4)]
@@ -159,6 +177,34 @@ def test_samplers_find_x0_exactly_with_a_perfect_network():
     torch.testing.assert_close(out, x0, rtol=1e-5, atol=1e-5)
     out = sample_euler(Toy(), perfect, noises[0], [1.0, 0.9, 0.75, 0.5, 0.0], COND)
     torch.testing.assert_close(out, x0, rtol=1e-5, atol=1e-5)
+
+
+def test_ddim_sampler_finds_x0_of_an_epsilon_model():
+    toy, x0, eps = Toy(DiffusionSchedule()), torch.randn(SHAPE), torch.randn(SHAPE)
+    anchors = toy.schedule.anchors(4)
+    first = torch.full((3,), anchors[0])
+    x = add_noise(x0, eps, first, toy.schedule.alpha(first))
+
+    def perfect(x, s, c):  # eps = (x_t - alpha x0) / sigma
+        return (x - toy.schedule.alpha(s) * x0.repeat(len(x) // 3, 1, 1, 1)) / s
+
+    out = sample_euler(toy, perfect, x, [*anchors, 0.0], COND)
+    # dividing by alpha = .068 at the first anchor magnifies fp32's 2^-23 by 15
+    torch.testing.assert_close(out, x0, rtol=0, atol=2e-5)
+    assert [c[0][0].item() for c in toy.calls] == torch.tensor(anchors).tolist()
+    out = sample_euler(toy, perfect, x, [*anchors, 0.0], COND, torch.full((3,), 3.0), UNCOND)
+    torch.testing.assert_close(out, x0, rtol=0, atol=2e-5)
+
+
+def test_adaptive_midpoint_of_a_linear_curve():
+    """xi = s: the distribution on [a, b] inverts to sqrt(a^2 + u (b^2 - a^2))."""
+    u = torch.rand(512, dtype=torch.float64).float()
+    sigma, prev = torch.full((512,), 0.9), torch.full((512,), 0.1)
+    grid = torch.linspace(0, 1, 33)
+    mid = adaptive_midpoint(u, sigma, prev, 0.05, ErrorCurve(grid, grid))
+    expected = (0.15**2 + u.double() * (0.85**2 - 0.15**2)).sqrt()
+    # within a cell of width h = .7 / 63 the law is taken as flat: off by h^2 slope / (8 xi) <= h^2 / (8 x .15)
+    torch.testing.assert_close(mid.double(), expected, rtol=0, atol=1.1e-4)
 
 
 def test_midpoints():

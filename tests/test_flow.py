@@ -45,6 +45,15 @@ def test_sdxl_alphas_are_diffusers():
     # 1 - alpha_bar cancels where it is small; their fp32 cumulative product of 1000 factors is good to 1e-5
     torch.testing.assert_close(SDXL.alpha(anchors) ** 2, table[[999, 749, 499, 249]], rtol=2e-5, atol=0)
     assert SDXL.timestep(anchors.float()).tolist() == [999, 749, 499, 249]
+    # Euler's sigma is sqrt((1 - alpha_bar) / alpha_bar): ours over alpha, on the whole table
+    from diffusers import EulerDiscreteScheduler
+
+    euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    every = torch.arange(1000)
+    sigma = SDXL.sigma((every.double() + 0.5) / 1000)
+    # their fp32 alpha_bar near 1 loses 6e-8 / (1 - alpha_bar) = 7e-5 at the first entry
+    torch.testing.assert_close(sigma / SDXL.alpha(sigma), euler.sigmas[:1000].flip(0).double(), rtol=1e-4, atol=0)
+    assert torch.equal(SDXL.timestep(sigma.float()), every)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -69,8 +78,15 @@ def test_round_trips_in_fp64():
 def test_omega_of_every_law():
     sigma = torch.tensor([0.5, 0.75, 0.9, 1.0])
     torch.testing.assert_close(omega(sigma, "paper", SD3), torch.tensor([0.25, 0.0625, 0.01, 0.0]))
-    released = torch.tensor([0.811, 0.564, 0.251, 9e-6])
-    torch.testing.assert_close(omega(sigma, "released-sd35", SD3), released, rtol=1e-2, atol=5e-4)
+    # the released look-up itself: its indices into diffusers' descending table
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    released = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[[249, 499, 749, 999]].square()
+    assert released.tolist() == pytest.approx([0.811, 0.564, 0.251, 9e-6], rel=5e-3)  # paper.md's rounded values
+    exact = omega(sigma.double(), "released-sd35", SD3).float()
+    torch.testing.assert_close(exact, released, rtol=5e-6, atol=0)
+    # fp32: 1 - u + .001 carries an error of 2^-24 x 2, a ten-thousandth of .001 at the last anchor, squared
+    torch.testing.assert_close(omega(sigma, "released-sd35", SD3), released, rtol=3e-4, atol=0)
     flux = torch.tensor([0.512, 0.759, 0.904, 1.0])
     expected = torch.tensor([0.238, 0.058, 0.0092, 0.0])
     torch.testing.assert_close(omega(flux, "paper", FLUX), expected, rtol=5e-3, atol=2e-4)
@@ -78,3 +94,11 @@ def test_omega_of_every_law():
     torch.testing.assert_close(omega(s, "released-sdxl", SDXL).square() + s.square(), torch.ones(4))
     with pytest.raises(ValueError, match="omega law"):
         omega(sigma, "other", SD3)
+    with pytest.raises(ValueError, match="released-sd35"):
+        omega(s, "released-sd35", SDXL)
+
+
+@pytest.mark.parametrize("schedule", [SD3, FLUX, FlowSchedule(1.0)])
+def test_unshift_inverts_sigma(schedule):
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(schedule.unshift(schedule.sigma(u)), u, rtol=1e-14, atol=1e-15)

@@ -52,7 +52,7 @@ def samples(plane, student):
 
 
 def test_student_reaches_every_mode():
-    """After 400 student updates: every mode holds 15 to 35 % of the samples, their means lie within 0.15 of the modes,
+    """After 400 student updates: every mode holds 15 to 35 % of the samples, their means lie within 0.2 of the modes,
     and 65 % of the samples within 3 deviations of a mode (under 20 % at the start). The mixture itself has 98.9 %: a
     smooth map of one Gaussian has to bridge its modes."""
     torch.manual_seed(0)
@@ -99,5 +99,5 @@ def test_student_reaches_every_mode():
     means = torch.stack([x[nearest == k].mean(0) for k in range(4)])
 
     assert share.min() > 0.15 and share.max() < 0.35
-    assert (means - MODES).norm(dim=1).max() < 0.15
+    assert (means - MODES).norm(dim=1).max() < 0.2  # seeds 0 to 3 give .13, .13, .17, .13
     assert (distance < 3 * STD).float().mean() > 0.65

@@ -122,6 +122,7 @@ def test_every_option_runs(run, tmp_path, flags):
     assert any("dmd" in row for row in rows)
     assert all(v == v and abs(v) < 1e9 for row in rows for k, v in row.items() if not k.startswith("eval/"))
     assert any("adv" in row for row in rows) == ("fake_features" in flags)
+    assert (tmp_path / "run" / "xi.png").exists() == ("adaptive" in flags)
 
 
 def test_a_vae_in_the_teacher_folder_is_used_end_to_end(teacher, cache, tmp_path, monkeypatch):

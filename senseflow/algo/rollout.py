@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.dmd import teacher_predictions
-from senseflow.flow import add_noise, cfg, euler_step, prediction_to_x0
+from senseflow.algo.isg import move
+from senseflow.flow import add_noise, cfg, prediction_to_x0
 from senseflow.models.adapter import Adapter, Condition
 
 
@@ -55,7 +56,8 @@ def sample_euler(
     adapter: Adapter, net: nn.Module, noise: Tensor, sigmas: Sequence[float], cond: Condition,
     guidance: Tensor | None = None, uncond: Condition | None = None,
 ) -> Tensor:  # fmt: skip
-    """Euler sampler from sigmas[0] = 1 down to sigmas[-1] = 0, with classifier-free guidance when uncond is given."""
+    """Deterministic sampler from sigmas[0] = 1 down to sigmas[-1] = 0: Euler for flow, DDIM for epsilon (whose first
+    sigma is the schedule's largest); with classifier-free guidance when uncond is given."""
     x = noise
     for here, there in pairwise(sigmas):
         sigma, _ = _at(adapter, here, x)
@@ -63,5 +65,5 @@ def sample_euler(
         if v_uncond is not None:
             assert guidance is not None
             v_cond = cfg(v_cond, v_uncond, guidance)
-        x = euler_step(x, v_cond, sigma, _at(adapter, there, x)[0])
+        x = move(adapter, x, v_cond, sigma, _at(adapter, there, x)[0])
     return x
