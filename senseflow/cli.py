@@ -5,12 +5,11 @@ A small parser of our own, because every bad flag must give exactly one line: ar
 
 from __future__ import annotations
 
-import difflib
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from senseflow.config import Config, UserError, replace, settings
+from senseflow.config import Config, UserError, describe, near, replace, settings, span
 from senseflow.presets import PRESETS
 
 ALIASES = {"teacher": "model.teacher", "data": "data.path"}
@@ -46,43 +45,39 @@ def convert(name: str, kind: Any, text: str) -> Any:
         raise UserError(f"--{name} {text!r}: allowed is {describe(kind)}") from None
 
 
-def describe(kind: Any) -> str:
-    """What a field takes, in words."""
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "whole numbers with commas between"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words[kind]
-
-
-def help_text(doc: str) -> str:
-    """Everything: presets, switches, and each field with its unit, what it takes and the default of `tiny`."""
+def help_text(doc: str, config: Config) -> str:
+    """Everything: presets, switches, and each field with its unit, what it takes and this config's value."""
     first = doc.strip().splitlines()[0]
-    lines = [first, "", f"PRESET: {', '.join(PRESETS)} (default tiny)", ""]
+    lines = [first, "", f"PRESET: {', '.join(PRESETS)} (default tiny); below: {config.preset}", ""]
     lines += [f"  --{name:<26} {text}" for name, text in SWITCHES.items()]
     lines += [f"  --{alias:<26} same as --{name}" for alias, name in ALIASES.items()]
     section = ""
-    for name, (kind, value, text) in settings(Config()).items():
+    for name, (kind, value, text) in settings(config).items():
+        if name == "preset":  # the first word, not a flag
+            continue
         if name.partition(".")[0] != section and "." in name:
             section = name.partition(".")[0]
             lines.append("")
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        lines.append(f"  --{name:<26} {text} [{describe(kind)}; default {shown!r}]")
+        limits = getattr(config, section).RANGES if section else config.RANGES
+        leaf = name.rpartition(".")[2]
+        takes = describe(kind) + (f", {span(*limits[leaf])}" if leaf in limits else "")
+        lines.append(f"  --{name:<26} {text} [{takes}; default {shown!r}]")
     return "\n".join(lines)
 
 
 def parse(argv: list[str], doc: str) -> Arguments:
     """The command line as Arguments. Raises UserError for anything unknown or out of range; --help exits 0."""
     rest = list(argv)
-    if any(a in ("-h", "--help") for a in rest):
-        print(help_text(doc))
-        sys.exit(0)
+    wants_help = any(a in ("-h", "--help") for a in rest)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else "tiny"
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}{near(name, PRESETS)}: allowed are {', '.join(PRESETS)}")
     config = PRESETS[name]()
-    known = settings(config)
+    if wants_help:
+        print(help_text(doc, config))
+        sys.exit(0)
+    known = {field: setting for field, setting in settings(config).items() if field != "preset"}
     flags = {switch.replace("-", "_"): False for switch in SWITCHES}
     changes: dict[str, Any] = {}
     while rest:
@@ -90,21 +85,21 @@ def parse(argv: list[str], doc: str) -> Arguments:
         if not word.startswith("--"):
             raise UserError(f"unexpected {word!r}: flags look like --train.lr 1e-5")
         field, given, value = word[2:].partition("=")
-        if field in SWITCHES and not given:
+        if field in SWITCHES:
+            if given:
+                raise UserError(f"--{field} {value!r}: a switch, it takes no value")
             flags[field.replace("-", "_")] = True
             continue
         field = ALIASES.get(field, field)
-        if field == "preset" or field not in known:
-            raise UserError(f"unknown flag --{field}{near(field, known)}: see --help")
+        if field == "preset":
+            raise UserError(f"--preset is no flag: the preset is the first word, allowed are {', '.join(PRESETS)}")
+        if field not in known:
+            # repr: a control character in the word must not break the one line
+            shown = f"--{field}" if field.isprintable() else repr(f"--{field}")
+            raise UserError(f"unknown flag {shown}{near(field, [*known, *SWITCHES, *ALIASES])}: see --help")
         if not given:
-            if not rest:
+            if not rest or rest[0].startswith("--"):  # else `--out --resume` would name a folder --resume
                 raise UserError(f"--{field} needs a value: {describe(known[field][0])}")
             value = rest.pop(0)
         changes[field] = convert(field, known[field][0], value)
     return Arguments(replace(config, changes), **flags)
-
-
-def near(word: str, known: Any) -> str:
-    """', did you mean ...?' or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""

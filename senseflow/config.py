@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,10 +14,37 @@ class UserError(ValueError):
     """Bad input: one line that says what, where, and what is allowed."""
 
 
-def _range(section: str, name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not (low <= value <= high) or math.isnan(value):
-        allowed = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
-        raise UserError(f"{section}.{name} = {value!r} is out of range: allowed is {allowed}")
+def describe(kind: Any) -> str:
+    """What a field of this type takes, in words."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "whole numbers with commas between"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(kind, "a section: {field: value}")
+
+
+def span(low: float, high: float) -> str:
+    """A range, both ends allowed, in words."""
+    return f"{low:.10g} to {high:.10g}" if high < math.inf else f"{low:.10g} or more"
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The words `, did you mean ...?`, or none. A field is found by its bare name too: lr means train.lr."""
+    names = list(known)
+    found = [n for n in names if n.rpartition(".")[2] == word] or difflib.get_close_matches(word, names, n=1)
+    return f", did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type. A whole number is a float too; true is no number."""
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(a) and value == a for a in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(v) is int for v in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or (isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, kind))
 
 
 class Section:
@@ -25,14 +54,17 @@ class Section:
     RANGES: dict[str, tuple[float, float]] = {}
 
     def __post_init__(self) -> None:
+        prefix = f"{self.NAME}." if self.NAME else ""
         hints = get_type_hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
-                allowed = ", ".join(map(repr, get_args(hints[f.name])))
-                raise UserError(f"{self.NAME}.{f.name} = {value!r}: allowed are {allowed}")
-        for name, (low, high) in self.RANGES.items():
-            _range(self.NAME, name, getattr(self, name), low, high)
+            if not _fits(value, hints[f.name]):
+                raise UserError(f"{prefix}{f.name} = {value!r}: allowed is {describe(hints[f.name])}")
+            low, high = self.RANGES.get(f.name, (-math.inf, math.inf))
+            for number in value if isinstance(value, tuple) else [value] if isinstance(value, (int, float)) else []:
+                if not (low <= number <= high and abs(number) != math.inf):
+                    allowed = span(low, high) if low > -math.inf else "a finite number"
+                    raise UserError(f"{prefix}{f.name} = {value!r} is out of range: allowed is {allowed}")
         for name in [f.name for f in fields(self) if f.name.endswith("_min")]:  # type: ignore[arg-type]
             low, high = getattr(self, name), getattr(self, name[:-4] + "_max")
             if low > high:
@@ -58,6 +90,11 @@ class Model(Section):
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
     anchors: Literal["exact", "released"] = doc("FLUX only: exact shift or released integers", "exact")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
+            raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
 
 
 @dataclass(frozen=True)
@@ -117,7 +154,7 @@ class Dmd(Section):
 @dataclass(frozen=True)
 class Fake(Section):
     NAME = "fake"
-    RANGES = {"logit_std": (1e-6, 100)}
+    RANGES = {"logit_mean": (-100, 100), "logit_std": (1e-6, 100)}
     t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "logit-normal")
     logit_mean: float = doc("mean of the logit-normal law", 0.0)
     logit_std: float = doc("deviation of the logit-normal law", 1.0)
@@ -150,7 +187,7 @@ class Disc(Section):
     NAME = "disc"
     RANGES = {
         "weight": (0, INF), "size": (14, 4096), "width": (0, 65536), "cmap": (1, 4096), "downsample": (0, 8),
-        "d_weight": (0, INF),
+        "d_weight": (0, INF), "taps": (-1, 39),
     }  # fmt: skip
     kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
     weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
@@ -163,6 +200,11 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.taps or len(set(self.taps)) < len(self.taps):
+            raise UserError(f"disc.taps = {self.taps!r}: allowed is one or more different blocks, -1 to 39")
 
 
 @dataclass(frozen=True)
@@ -213,7 +255,6 @@ class Kernels(Section):
 class Config(Section):
     """A whole run."""
 
-    NAME = "config"
     RANGES = {"seed": (0, 2**31 - 1)}
     preset: str = doc("preset this config came from", "tiny")
     seed: int = doc("seed of every random number", 0)
@@ -231,6 +272,11 @@ class Config(Section):
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
     kernels: Kernels = field(default_factory=Kernels)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out:
+            raise UserError("out = '': allowed is the name of a folder")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -267,7 +313,7 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
     top: dict[str, Any] = {}
     for key, value in changes.items():
         if key not in known:
-            raise UserError(f"unknown field {key!r}: see --help")
+            raise UserError(f"unknown field {key!r}{near(key, known)}: see --help")
         section, _, name = key.rpartition(".")
         if section:
             sections.setdefault(section, {})[name] = value
@@ -279,10 +325,15 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The inverse of to_dict. Raises UserError naming an unknown key."""
+    """The inverse of to_dict; what is absent has tiny's default. Raises UserError naming a bad key or value."""
+    if not isinstance(data, dict):
+        raise UserError(f"config = {data!r}: allowed is {describe(Config)}")
+    sections = {f.name for f in fields(Config) if f.name not in settings(Config())}
     changes: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict):
+        if key in sections and not isinstance(value, dict):
+            raise UserError(f"{key} = {value!r}: allowed is {describe(Section)}")
+        if key in sections:
             changes |= {f"{key}.{k}": tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         else:
             changes[key] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from senseflow.config import Config, Data, Disc, Dmd, Ema, Fake, Ida, Isg, Model, Rollout, Train
+from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
 RELEASED_TAPS = (-1, 2, 5, 8, 10, 14, 19, 23)  # DINOv2 ViT-L blocks; -1 is the patch embedding
 
@@ -25,10 +25,33 @@ def dmd2(base: Config) -> Config:
 
 
 def _released(name: str, **parts) -> Config:
-    """8 images an iteration on 8 GPUs, AdamW .9/.999, clip 1, no student EMA (paper.md 4)."""
+    """What the four released trainers share; the rest of Train's and Fake's values are the defaults of config.py.
+
+    Batch 8 on 8 GPUs, AdamW .9/.999, eps 1e-8, no weight decay (paper.md 4); clip 1, no student EMA, a coin of
+    one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
+    uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
+    evaluates, and on how many prompts.
+    """
     return Config(
         preset=name, out=f"runs/{name}", data=Data(batch=8), ema=Ema(decay=0.0),
         rollout=Rollout(backward_prob=0.5), **parts,
+    )  # fmt: skip
+
+
+def _train(iterations: int, gen_every: int, lr: float) -> Train:
+    """One constant rate for all three networks: the released warm-up of 500 starts at its own end (paper.md 4)."""
+    return Train(
+        iterations=iterations, gen_every=gen_every, lr=lr, fake_lr=lr, disc_lr=lr, warmup=0, checkpoint_every=500,
+    )  # fmt: skip
+
+
+def _eval(steps: int, guidance: float, shift: float) -> Eval:
+    """Teacher steps are half its NFE where CFG doubles the batch (100 SD 3.5, 80 SDXL, 50 FLUX: paper.md 3).
+
+    Its guidance is not stated anywhere (paper.md 8): the default of the family's diffusers pipeline.
+    """
+    return Eval(
+        every=1000, prompts=64, grid=8, teacher_steps=steps, teacher_guidance=guidance, teacher_shift=shift,
     )  # fmt: skip
 
 
@@ -37,11 +60,12 @@ def sd35_large() -> Config:
     return _released(
         "sd35-large",
         model=Model(family="sd35", shift=3.0),
-        train=Train(iterations=27_000, gen_every=5, lr=1e-6, fake_lr=1e-6, disc_lr=1e-6, warmup=500),
+        train=_train(27_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=3.0, guidance_max=10.0),
         isg=Isg(weight=1.0, margin=50, guidance_min=5.0, guidance_max=5.0),
         ida=Ida(lam=0.97),
         disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        eval=_eval(50, 7.0, 3.0),
     )  # fmt: skip
 
 
@@ -50,11 +74,12 @@ def sd35_medium() -> Config:
     return _released(
         "sd35-medium",
         model=Model(family="sd35", shift=3.0),
-        train=Train(iterations=27_000, gen_every=10, lr=1e-6, fake_lr=1e-6, disc_lr=1e-6, warmup=500),
+        train=_train(27_000, 10, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=2.0, guidance_max=8.0),
         isg=Isg(weight=0.5, margin=50, guidance_min=2.0, guidance_max=4.0),
         ida=Ida(lam=0.98),
         disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        eval=_eval(50, 7.0, 3.0),
     )  # fmt: skip
 
 
@@ -63,11 +88,12 @@ def flux_dev() -> Config:
     return _released(
         "flux-dev",
         model=Model(family="flux", shift=1.15, shift_kind="exponential"),
-        train=Train(iterations=12_000, gen_every=5, lr=1e-5, fake_lr=1e-5, disc_lr=1e-5, warmup=500),
+        train=_train(12_000, 5, 1e-5),
         dmd=Dmd(t_law="logit-normal", guidance_min=1.0, guidance_max=8.0),
         isg=Isg(weight=1.0, margin=20, guidance_min=1.0, guidance_max=8.0),
         ida=Ida(lam=0.97),
         disc=Disc(weight=2.0, omega="paper", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        eval=_eval(50, 3.5, 1.15),
     )  # fmt: skip
 
 
@@ -76,12 +102,13 @@ def sdxl() -> Config:
     return _released(
         "sdxl",
         model=Model(family="sdxl", shift=1.0),
-        train=Train(iterations=18_000, gen_every=5, lr=1e-6, fake_lr=1e-6, disc_lr=1e-6, warmup=500),
+        train=_train(18_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=8.0, guidance_max=8.0),
         fake=Fake(t_law="uniform"),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),
         disc=Disc(weight=0.5, omega="released-sdxl", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        eval=_eval(40, 5.0, 1.0),
     )  # fmt: skip
 
 

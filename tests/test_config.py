@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -26,6 +29,33 @@ def test_released_values(preset, adv, isg, lam, f, dmd_w, isg_w, margin):
     assert (c.isg.guidance_min, c.isg.guidance_max, c.isg.margin) == (*isg_w, margin)
 
 
+@pytest.mark.parametrize(
+    ("preset", "lr", "iterations", "omega", "dmd_law", "fake_law", "shift"),
+    [  # paper.md 4, 1.6, 1.1, 1.2, 3
+        ("sdxl", 1e-6, 18_000, "released-sdxl", "uniform", "uniform", 1.0),
+        ("sd35-large", 1e-6, 27_000, "released-sd35", "uniform", "logit-normal", 3.0),
+        ("flux-dev", 1e-5, 12_000, "paper", "logit-normal", "logit-normal", 1.15),
+    ],
+)
+def test_training_setup(preset, lr, iterations, omega, dmd_law, fake_law, shift):
+    c = PRESETS[preset]()
+    t = c.train
+    assert (t.lr, t.fake_lr, t.disc_lr, t.iterations) == (lr, lr, lr, iterations)
+    assert (t.beta1, t.beta2, t.eps, t.weight_decay, t.clip, t.warmup) == (0.9, 0.999, 1e-8, 0, 1, 0)
+    assert (c.disc.omega, c.dmd.t_law, c.fake.t_law, c.model.shift) == (omega, dmd_law, fake_law, shift)
+    assert (c.dmd.t_min, c.dmd.t_max, c.dmd.eps, c.isg.loss, c.disc.omega_on_d) == (0.02, 0.98, 0, "charbonnier", True)
+    assert c.disc.taps == (-1, 2, 5, 8, 10, 14, 19, 23)
+    assert (c.data.batch, c.rollout.backward_prob, c.ema.decay) == (8, 0.5, 0)
+
+
+@pytest.mark.parametrize("base", ["tiny", "sd35-large", "sd35-medium", "flux-dev", "sdxl"])
+def test_a_baseline_differs_in_the_method_alone(base):
+    one = to_dict(PRESETS[base]())
+    two = to_dict(PRESETS["dmd2" if base == "tiny" else f"{base}-dmd2"]())
+    assert {k for k in one if one[k] != two[k]} <= {"preset", "out", "ida", "isg", "disc"}
+    assert two["isg"]["weight"] == 0 and two["ida"]["lam"] == 1 and two["disc"]["kind"] == "fake_features"
+
+
 def test_dmd2_is_the_baseline():
     c = PRESETS["dmd2"]()
     assert (c.ida.lam, c.isg.weight, c.disc.kind) == (1.0, 0.0, "fake_features")
@@ -42,9 +72,97 @@ def test_json_round_trip(name):
 def test_every_numeric_field_has_a_range_and_every_field_a_doc():
     for name, (kind, _value, doc) in settings(Config()).items():
         assert doc, name
-        if kind in (int, float) and name not in ("fake.logit_mean",):
-            with pytest.raises(UserError, match=name.rpartition(".")[2]):
-                replace(Config(), {name: kind(-1)})
+        if kind not in (int, float):
+            continue
+        bad = [-1000.0, float("nan"), float("inf")] if kind is float else [-1, True, 1.5]
+        for value in bad:
+            with pytest.raises(UserError, match=name) as caught:
+                replace(Config(), {name: value})
+            assert repr(value) in str(caught.value) and "allowed" in str(caught.value)
+        section, _, leaf = name.rpartition(".")
+        low, high = (getattr(Config(), section) if section else Config()).RANGES[leaf]
+        if high < float("inf"):
+            with pytest.raises(UserError, match=name):
+                replace(Config(), {name: kind(high * 2)})
+        assert low > float("-inf")
+
+
+def test_every_choice_is_closed():
+    for name, (kind, _value, _doc) in settings(Config()).items():
+        if get_origin(kind) is Literal:
+            with pytest.raises(UserError, match=name) as caught:
+                replace(Config(), {name: "nothing"})
+            assert all(str(choice) in str(caught.value) for choice in get_args(kind))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": {"lr": "x"}}, "train.lr = 'x': allowed is a number"),
+        ({"train": {"iterations": 2.5}}, "train.iterations = 2.5: allowed is a whole number"),
+        ({"train": {"itertions": 2}}, "unknown field 'train.itertions', did you mean 'train.iterations'?: see --help"),
+        ({"train": 5}, "train = 5: allowed is a section: {field: value}"),
+        ({"foo": {"bar": 1}}, "unknown field 'foo'"),
+        ({"seed": {"a": 1}}, "seed"),
+        ({"model": {"steps": True}}, "model.steps = True: allowed is 1 | 2 | 4 | 8"),
+        ({"log": {"progress": "no"}}, "log.progress = 'no': allowed is true or false"),
+        ({"disc": {"taps": []}}, "disc.taps = (): allowed is one or more different blocks, -1 to 39"),
+        ({"disc": {"taps": [2, 2]}}, "disc.taps = (2, 2): allowed is one or more different blocks, -1 to 39"),
+        ({"out": ""}, "out = '': allowed is the name of a folder"),
+        ({"model": {"shift": 0}}, "model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'"),
+        ([], "config = []"),
+    ],
+)
+def test_json_of_the_wrong_kind(data, message):
+    with pytest.raises(UserError) as caught:
+        from_dict(data)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_shift_of_zero_is_the_identity_in_exponential_form():
+    assert from_dict({"model": {"shift": 0, "shift_kind": "exponential"}}).model.shift == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.lr", "2"], "train.lr = 2.0 is out of range: allowed is 0 to 1"),
+        (["--train.lr", "fast"], "--train.lr 'fast': allowed is a number"),
+        (["--train.wramup", "7"], "unknown flag --train.wramup, did you mean 'train.warmup'?: see --help"),
+        (["--lr", "1"], "unknown flag --lr, did you mean 'train.lr'?: see --help"),
+        (["--weight", "1"], "did you mean 'dmd.weight' or 'isg.weight' or 'disc.weight'?"),
+        (["--resum"], "unknown flag --resum, did you mean 'resume'?: see --help"),
+        (["--resume=yes"], "--resume 'yes': a switch, it takes no value"),
+        (["--out", "--resume"], "--out needs a value: text"),
+        (["--model.steps", "3"], "--model.steps '3': allowed is 1 | 2 | 4 | 8"),
+        (["--train.precision", "split"], "--train.precision 'split': allowed is fp32"),
+        (["--preset", "dmd2"], "--preset is no flag: the preset is the first word, allowed are tiny, dmd2"),
+        (["tinny"], "unknown preset 'tinny', did you mean 'tiny'?: allowed are tiny, dmd2"),
+        (["tiny", "dmd2"], "unexpected 'dmd2'"),
+        (["--a\nb", "1"], "unknown flag '--a\\nb'"),
+        (["--out", ""], "out = ''"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(argv, message):
+    with pytest.raises(UserError) as caught:
+        parse(argv, "x")
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_later_flags_win_and_negative_values_are_values():
+    config = parse(["sdxl", "--seed", "1", "--seed=2", "--fake.logit_mean", "-0.5", "--data", "d"], "x").config
+    assert (config.seed, config.fake.logit_mean, config.data.path, config.preset) == (2, -0.5, "d", "sdxl")
+    assert config.isg == PRESETS["sdxl"]().isg and config.train == PRESETS["sdxl"]().train
+    args = parse(["--profile", "--dry-run"], "x")
+    assert (args.profile, args.dry_run, args.resume, args.config) == (True, True, False, Config())
+
+
+def test_config_and_cli_need_the_standard_library_alone():
+    code = "import sys; before = set(sys.modules); import senseflow.cli; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()} - {"senseflow"}
+    assert loaded <= sys.stdlib_module_names | {"_distutils_hack"}, loaded - sys.stdlib_module_names
 
 
 def test_flags():
@@ -69,4 +187,12 @@ def test_help_names_every_field(capsys):
         parse(["--help"], "what it does")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"--{name} " in printed for name in settings(Config()))
+    assert all(f"  --{name} " in printed and doc in printed for name, (_, _, doc) in settings(Config()).items()
+               if name != "preset")  # fmt: skip
+    assert "learning rate of the student [a number, 0 to 1; default '5e-05']" in printed
+
+
+def test_help_after_a_preset_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        parse(["flux-dev", "--help"], "what it does")
+    assert "learning rate of the student [a number, 0 to 1; default '1e-05']" in capsys.readouterr().out
