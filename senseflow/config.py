@@ -143,6 +143,7 @@ class Dmd(Section):
     }  # fmt: skip
     weight: float = doc("weight of L_DMD", 1.0)
     t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "uniform")
+    t_shift: bool = doc("apply the schedule's shift to t", True)
     t_min: float = doc("lowest t of the uniform law, 0 to 1", 0.02)
     t_max: float = doc("highest t of the uniform law, 0 to 1", 0.98)
     guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
@@ -156,6 +157,7 @@ class Fake(Section):
     NAME = "fake"
     RANGES = {"logit_mean": (-100, 100), "logit_std": (1e-6, 100)}
     t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "logit-normal")
+    t_shift: bool = doc("apply the schedule's shift to t", True)
     logit_mean: float = doc("mean of the logit-normal law", 0.0)
     logit_std: float = doc("deviation of the logit-normal law", 1.0)
 
@@ -170,6 +172,9 @@ class Isg(Section):
     loss: Literal["charbonnier", "l2"] = doc("as released, or the paper's Eq. 12", "charbonnier")
     midpoint: Literal["uniform", "adaptive"] = doc("law of t_mid; adaptive: by the teacher's xi(t)", "uniform")
     margin: float = doc("distance of t_mid from the segment's ends, thousandths", 50.0)
+    margin_space: Literal["index", "sigma"] = doc(
+        "of the margin and the uniform law: unshifted index or sigma", "index"
+    )
     guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
     guidance_max: float = doc("teacher guidance: U(min, max) per sample", 3.0)
 

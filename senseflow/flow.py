@@ -78,8 +78,12 @@ class DiffusionSchedule:
 
     def sigma(self, u: Tensor) -> Tensor:
         """sigma at index floor(1000 u) of the table, u in [0, 1]."""
-        index = (u * 1000).long().clamp(0, 999)
+        index = (u * 1000 + 1e-3).long().clamp(0, 999)  # an fp32 u of 0.249 must not fall to 248
         return (1 - _sdxl_alpha_bar().to(u.device)[index]).sqrt().to(u.dtype)
+
+    def unshift(self, sigma: Tensor) -> Tensor:
+        """u in [0, 1): the index over 1000 whose table entry is nearest, 0 for sigma 0."""
+        return (self.timestep(sigma) / 1000).to(sigma.dtype)
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return (1 - sigma.double().square()).clamp_min(0).sqrt().to(sigma.dtype)

@@ -84,13 +84,14 @@ def sd35_medium() -> Config:
 
 
 def flux_dev() -> Config:
-    """FLUX.1-dev (trainer_flux_senseflow.py): embedded guidance U(1, 8), logit-normal t; lr of the paper's text."""
+    """FLUX.1-dev (trainer_flux_senseflow.py): embedded guidance, logit-normal unshifted t; lr of the paper's text."""
     return _released(
         "flux-dev",
         model=Model(family="flux", shift=1.15, shift_kind="exponential"),
         train=_train(12_000, 5, 1e-5),
-        dmd=Dmd(t_law="logit-normal", guidance_min=1.0, guidance_max=8.0),
-        isg=Isg(weight=1.0, margin=20, guidance_min=1.0, guidance_max=8.0),
+        dmd=Dmd(t_law="logit-normal", t_shift=False, guidance_min=1.0, guidance_max=8.0),
+        fake=Fake(t_shift=False),
+        isg=Isg(weight=1.0, margin=20, margin_space="sigma", guidance_min=1.0, guidance_max=8.0),
         ida=Ida(lam=0.97),
         disc=Disc(weight=2.0, omega="paper", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
         eval=_eval(50, 3.5, 1.15),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def teacher_samples(
 ) -> Tensor:  # fmt: skip
     """Pictures fp32 [N, 3, H, W] of N prompts: `steps` Euler steps at the given shift, two calls each if guided."""
     draws = Draws(seed)
-    sigmas = type(adapter.schedule)(shift=shift).sigma(torch.linspace(1, 0, steps + 1).double())
+    sigmas = dataclasses.replace(adapter.schedule, shift=shift).sigma(torch.linspace(1, 0, steps + 1).double())
     pictures = []
     device = cond.embeds.device
     for part, ids in _batches(cond, torch.arange(len(cond), device=device), batch):

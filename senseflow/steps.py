@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from senseflow.algo.augment import AUGMENT_DRAWS, diff_augment
 from senseflow.algo.discriminator import softplus_discriminator, softplus_generator
 from senseflow.algo.dmd import dmd_term
-from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, uniform_midpoint
+from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, midpoint_range
 from senseflow.algo.rollout import backward_simulation
 from senseflow.config import Config
 from senseflow.data.batches import Batch
@@ -89,7 +89,7 @@ def phased(parts: Parts, profiler: Profiler) -> None:
     parts.phase = profiler.phase
 
 
-def range_of(u: Tensor, low: float, high: float) -> Tensor:
+def range_of(u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """U(low, high) from u in [0, 1)."""
     return low + (high - low) * u
 
@@ -135,13 +135,14 @@ def student_forward(parts: Parts, cfg: Config, batch: Batch, iteration: int, wit
     return Step(iteration, batch, x_tau, sigma, sigma_prev, pred, x0)
 
 
-def law_to_sigma(parts: Parts, u: Tensor, dense: str, low: float, high: float) -> Tensor:
-    """sigma fp32 [B] from u in [0, 1): uniform in [low, high], or logit-normal with mean low and std high."""
+def law_to_sigma(parts: Parts, u: Tensor, dense: str, low: float, high: float, shifted: bool) -> Tensor:
+    """sigma fp32 [B] from u in [0, 1): uniform in [low, high], or logit-normal with mean low and std high; then the
+    schedule's shift, unless it is turned off (FLUX as released)."""
     if dense == "uniform":
         index = range_of(u, low, high)
     else:
         index = torch.sigmoid(low + high * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    return parts.adapter.schedule.sigma(index).float()
+    return parts.adapter.schedule.sigma(index).float() if shifted else index
 
 
 def generator_losses(parts: Parts, cfg: Config, step: Step, real_features) -> Tensor:
@@ -151,9 +152,9 @@ def generator_losses(parts: Parts, cfg: Config, step: Step, real_features) -> Te
     uncond = a.uncond(len(ids))
     u = d.uniform(it, ids, "dmd.t")
     if cfg.dmd.t_law == "uniform":
-        sigma = law_to_sigma(parts, u, "uniform", cfg.dmd.t_min, cfg.dmd.t_max)
+        sigma = law_to_sigma(parts, u, "uniform", cfg.dmd.t_min, cfg.dmd.t_max, cfg.dmd.t_shift)
     else:
-        sigma = law_to_sigma(parts, u, "logit-normal", 0.0, 1.0)
+        sigma = law_to_sigma(parts, u, "logit-normal", 0.0, 1.0, cfg.dmd.t_shift)
     guidance = range_of(d.uniform(it, ids, "dmd.guidance"), cfg.dmd.guidance_min, cfg.dmd.guidance_max)
     noise = d.normal(it, ids, "dmd.noise", tuple(step.x0.shape[1:]))
     dmd = dmd_term(
@@ -181,12 +182,16 @@ def isg_loss(parts: Parts, cfg: Config, step: Step, uncond: Condition) -> Tensor
     """Intra-segment guidance (Eq. 12) with the midpoint law of the config."""
     d, it, ids = parts.draws, step.iteration, step.batch.samples
     u = d.uniform(it, ids, "isg.mid")
-    margin = cfg.isg.margin / 1000
+    schedule, space = parts.adapter.schedule, cfg.isg.margin_space
+    low, high = midpoint_range(schedule, step.sigma, step.sigma_prev, cfg.isg.margin / 1000, space)
     if cfg.isg.midpoint == "adaptive":
         assert parts.curve is not None, "isg.midpoint=adaptive needs the measured curve"
-        mid = adaptive_midpoint(u, step.sigma, step.sigma_prev, margin, parts.curve)
+        if space == "index":
+            low, high = schedule.sigma(low), schedule.sigma(high)
+        mid = adaptive_midpoint(u, low, high, parts.curve)
     else:
-        mid = uniform_midpoint(u, step.sigma, step.sigma_prev, margin)
+        mid = range_of(u, low, high)
+        mid = schedule.sigma(mid) if space == "index" else mid
     guidance = range_of(d.uniform(it, ids, "isg.guidance"), cfg.isg.guidance_min, cfg.isg.guidance_max)
     return isg_term(
         parts.adapter, step.x_tau, step.pred, step.sigma, step.sigma_prev, mid, step.batch.cond,
@@ -280,9 +285,9 @@ def fake_loss(parts: Parts, cfg: Config, step: Step) -> Tensor:
     x0 = step.x0.detach()
     u = d.uniform(step.iteration, ids, "fake.t")
     if cfg.fake.t_law == "uniform":
-        sigma = law_to_sigma(parts, u, "uniform", 0.0, 1.0)
+        sigma = law_to_sigma(parts, u, "uniform", 0.0, 1.0, cfg.fake.t_shift)
     else:
-        sigma = law_to_sigma(parts, u, "logit-normal", cfg.fake.logit_mean, cfg.fake.logit_std)
+        sigma = law_to_sigma(parts, u, "logit-normal", cfg.fake.logit_mean, cfg.fake.logit_std, cfg.fake.t_shift)
     noise = d.normal(step.iteration, ids, "fake.noise", tuple(x0.shape[1:]))
     x_t = add_noise(x0, noise, sigma, a.schedule.alpha(sigma))
     pred = a.predict(parts.fake, x_t, sigma, step.batch.cond)

@@ -65,6 +65,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     if cfg.model.family != "embedded":
         raise UserError(f"model.family = {cfg.model.family!r} has no adapter yet: allowed here is 'embedded'")
+    if cfg.data.path:
+        raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+    if cfg.kernels.strict:
+        raise UserError("kernels.strict = True: there are no fused kernels yet, torch runs every operation")
     folder = teacher_folder(cfg.model.teacher)
     teacher = load_transformer(folder, device).requires_grad_(False)
     images = load_variants()
@@ -75,7 +79,7 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         net.requires_grad_(True)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, student, device)
-    anchors = adapter.schedule.anchors(cfg.model.steps)
+    anchors = adapter.schedule.anchors(cfg.model.steps, cfg.model.anchors == "released")
     parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed))
     if cfg.isg.midpoint == "adaptive":
         batch = encoded(parts, data.batch(0, cfg.data.batch), 0)

@@ -10,6 +10,7 @@ from senseflow.algo.isg import (
     adaptive_midpoint,
     isg_term,
     measure_error_curve,
+    midpoint_range,
     uniform_midpoint,
 )
 from senseflow.algo.rollout import backward_simulation, sample_euler, sample_renoise
@@ -199,9 +200,8 @@ def test_ddim_sampler_finds_x0_of_an_epsilon_model():
 def test_adaptive_midpoint_of_a_linear_curve():
     """xi = s: the distribution on [a, b] inverts to sqrt(a^2 + u (b^2 - a^2))."""
     u = torch.rand(512, dtype=torch.float64).float()
-    sigma, prev = torch.full((512,), 0.9), torch.full((512,), 0.1)
     grid = torch.linspace(0, 1, 33)
-    mid = adaptive_midpoint(u, sigma, prev, 0.05, ErrorCurve(grid, grid))
+    mid = adaptive_midpoint(u, torch.full((512,), 0.15), torch.full((512,), 0.85), ErrorCurve(grid, grid))
     expected = (0.15**2 + u.double() * (0.85**2 - 0.15**2)).sqrt()
     # within a cell of width h = .7 / 63 the law is taken as flat: off by h^2 slope / (8 xi) <= h^2 / (8 x .15)
     torch.testing.assert_close(mid.double(), expected, rtol=0, atol=1.1e-4)
@@ -215,11 +215,25 @@ def test_midpoints():
     torch.testing.assert_close(high, torch.tensor([0.85, 0.45, 0.03]))
     u = torch.tensor([0.1, 0.6, 0.3])
     grid = torch.linspace(0, 1, 33)
-    flat = adaptive_midpoint(u, sigma, prev, 0.05, ErrorCurve(grid, torch.ones(33)))
+    flat = adaptive_midpoint(u, low, high, ErrorCurve(grid, torch.ones(33)))
     torch.testing.assert_close(flat, uniform_midpoint(u, sigma, prev, 0.05), rtol=1e-5, atol=1e-6)
     # all error above .7: the median of the first segment's law lies there
     step = ErrorCurve(grid, (grid > 0.7).float())
-    assert adaptive_midpoint(torch.full((3,), 0.5), sigma, prev, 0.05, step)[0] > 0.7
+    assert adaptive_midpoint(torch.full((3,), 0.5), low, high, step)[0] > 0.7
+
+
+def test_midpoint_ranges_in_both_spaces():
+    """SD 3.5 between anchors .75 and .5: indices 500 and 250, so t_mid in [300, 450]; SDXL's top: 999 and 749."""
+    sigma, prev = torch.tensor([0.75]), torch.tensor([0.5])
+    low, high = midpoint_range(FlowSchedule(3.0), sigma, prev, 0.05, "index")
+    torch.testing.assert_close(torch.cat([low, high]), torch.tensor([0.30, 0.45]))
+    low, high = midpoint_range(FlowSchedule(3.0), sigma, prev, 0.05, "sigma")
+    torch.testing.assert_close(torch.cat([low, high]), torch.tensor([0.55, 0.70]))
+    sdxl = DiffusionSchedule()
+    top, second = (torch.tensor([a]) for a in sdxl.anchors(4)[:2])
+    low, high = midpoint_range(sdxl, top, second, 0.02, "index")
+    torch.testing.assert_close(torch.cat([low, high]), torch.tensor([0.769, 0.979]))
+    assert sdxl.timestep(sdxl.sigma(torch.cat([low, high]))).tolist() == [769, 979]
 
 
 def test_error_curve_of_a_known_network():

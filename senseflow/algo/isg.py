@@ -4,6 +4,7 @@ of the teacher followed by the student's own half-step."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,22 @@ def isg_term(
     raise ValueError(f"isg loss must be 'charbonnier' or 'l2', got {loss!r}")
 
 
-def uniform_midpoint(u: Tensor, sigma_tau: Tensor, sigma_prev: Tensor, margin: float) -> Tensor:
-    """sigma_mid fp32 [B], uniform in [sigma_prev + m, sigma_tau - m]; u in [0, 1). A segment shorter than 2 m is
-    halved instead."""
-    m = torch.minimum(torch.full_like(sigma_tau, margin), (sigma_tau - sigma_prev) / 2)
-    return sigma_prev + m + u * (sigma_tau - sigma_prev - 2 * m)
+def uniform_midpoint(u: Tensor, tau: Tensor, prev: Tensor, margin: float) -> Tensor:
+    """t_mid fp32 [B], uniform in [prev + m, tau - m]; u in [0, 1). All in one space: sigma, or the unshifted index
+    over 1000. A segment shorter than 2 m is halved instead."""
+    m = torch.minimum(torch.full_like(tau, margin), (tau - prev) / 2)
+    return prev + m + u * (tau - prev - 2 * m)
+
+
+def midpoint_range(
+    schedule: Any, sigma_tau: Tensor, sigma_prev: Tensor, margin: float, space: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(lowest, highest) t_mid, fp32 [B] each, in `space`: "sigma" as FLUX's release, "index" as SD 3.5's and SDXL's."""
+    if space == "index":
+        sigma_tau, sigma_prev = schedule.unshift(sigma_tau), schedule.unshift(sigma_prev)
+    zero = torch.zeros_like(sigma_tau)
+    low = uniform_midpoint(zero, sigma_tau, sigma_prev, margin)
+    return low, uniform_midpoint(zero + 1, sigma_tau, sigma_prev, margin)
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,10 @@ def measure_error_curve(
     return ErrorCurve(sigmas.to(x0.device).float(), torch.stack(xi))
 
 
-def adaptive_midpoint(
-    u: Tensor, sigma_tau: Tensor, sigma_prev: Tensor, margin: float, curve: ErrorCurve, points: int = 64
-) -> Tensor:  # fmt: skip
-    """sigma_mid fp32 [B] with density proportional to xi inside the same interval: the half-step lands where the
-    teacher is least sure. Inverse of the piecewise-linear distribution on `points` nodes; flat xi: uniform."""
+def adaptive_midpoint(u: Tensor, low: Tensor, high: Tensor, curve: ErrorCurve, points: int = 64) -> Tensor:
+    """sigma_mid fp32 [B] in [low, high] (sigmas) with density proportional to xi: the half-step lands where the teacher
+    is least sure. Inverse of the piecewise-linear distribution on `points` nodes; flat xi: uniform."""
     grid = torch.linspace(0, 1, points, device=u.device)
-    low = uniform_midpoint(torch.zeros_like(u), sigma_tau, sigma_prev, margin)
-    high = uniform_midpoint(torch.ones_like(u), sigma_tau, sigma_prev, margin)
     nodes = low[:, None] + grid * (high - low)[:, None]  # [B, points]
     right = torch.searchsorted(curve.sigmas, nodes.contiguous()).clamp(1, len(curve.sigmas) - 1)
     s0, s1 = curve.sigmas[right - 1], curve.sigmas[right]
