@@ -146,8 +146,8 @@ class Dmd(Section):
     t_shift: bool = doc("apply the schedule's shift to t", True)
     t_min: float = doc("lowest t of the uniform law, 0 to 1", 0.02)
     t_max: float = doc("highest t of the uniform law, 0 to 1", 0.98)
-    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
-    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 1.5)
+    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 1.5)
     normaliser: Literal["sample", "batch"] = doc("mean |x - x0_real| per sample or per batch", "sample")
     eps: float = doc("added to the normaliser", 0.0)
 
@@ -175,8 +175,8 @@ class Isg(Section):
     margin_space: Literal["index", "sigma"] = doc(
         "of the margin and the uniform law: unshifted index or sigma", "index"
     )
-    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 3.0)
-    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 3.0)
+    guidance_min: float = doc("teacher guidance: U(min, max) per sample", 1.5)
+    guidance_max: float = doc("teacher guidance: U(min, max) per sample", 1.5)
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Eval(Section):
     prompts: int = doc("prompts scored; 0: all of the data set", 0)
     grid: int = doc("columns of the picture grid", 16)
     teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)
-    teacher_guidance: float = doc("their guidance", 3.0)
+    teacher_guidance: float = doc("their guidance", 1.5)
     teacher_shift: float = doc("their shift", 1.0)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.config import Config, UserError
-from senseflow.data.emoji import load_emoji, to_float, to_uint8
+from senseflow.data.emoji import default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.metrics import (
     AlignmentModel,
     ScoreNet,
@@ -42,7 +42,7 @@ from senseflow.sample import load_student, picture_grid, student_samples, teache
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
 PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
 STUDENT_SEED, REFERENCE_SEED, TEACHER_SEED = 1, 2, 3  # noises of the two sides are independent
-FEW_STEP_GRID = [(shift, w) for shift in (1.0, 3.0) for w in (1.0, 2.0, 3.0, 4.0)]
+FEW_STEP_GRID = [(shift, w) for shift in (1.0, 3.0) for w in (1.0, 1.5, 2.0, 3.0, 4.0)]
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,22 @@ class Reference:
 def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift: float, prompts: int = 0) -> None:
     """Generates the reference of a teacher folder: pictures, score nets' scale and heads, the teacher's scores.
 
-    prompts: how many captions of the embedded set are used; 0: all.
+    prompts: how many captions of the embedded set are used, for everything; 0: all.
     """
     from safetensors.torch import save_file
 
     net = load_transformer(teacher)
-    data = load_emoji()
+    names = default_names()
+    data = load_variants(names[: prompts or len(names)])
+    count, variants = data.images.shape[:2]
     adapter = EmbeddedAdapter(vae=load_vae(teacher))
-    cond = adapter.encode_prompts(data.captions)
-    real = to_float(data.images)
-    count = prompts or len(data)
-    shown = cond.index(torch.arange(count))
+    shown = adapter.encode_prompts(data.captions)
+    real = to_float(data.images.flatten(0, 1))
     out.mkdir(parents=True, exist_ok=True)
     scale = ScoreNet.fit(load_lite0(), real)
     scale.save(out / "scale.safetensors")
-    real_features = scale(real)
-    heads = train_alignment(real_features, cond.pooled, seed=0, steps=600)
+    labels = torch.arange(count).repeat_interleave(variants)
+    heads = train_alignment(scale(real), shown.pooled, seed=0, steps=600, labels=labels)
     heads.half().save(out / "alignment.safetensors")  # fp16: half the size in the package
     print(f"{steps}-step samples of {count} prompts", flush=True)
 
@@ -133,7 +133,8 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
     record: dict[str, Any] = dict(teacher_sha256=weights_sha256(teacher), **settings)
     (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
     reference = Reference(out)
-    record["real"] = asdict(reference.score(real[:count], shown))
+    one_of_each = to_float(pick_variants(data.images, torch.arange(count), seed=0))
+    record["real"] = asdict(reference.score(one_of_each, shown))
     record["many"] = asdict(reference.score(many(TEACHER_SEED), shown))
     rows = []
     for few_shift, w in FEW_STEP_GRID:
@@ -194,8 +195,8 @@ class Evaluator:
     def __init__(self, cfg: Config, adapter: Any, teacher: nn.Module, folder: Path):
         self.cfg, self.adapter = cfg, adapter
         self.reference = Reference(find_reference(folder, cfg))
-        data = load_emoji()
-        captions = data.captions[: cfg.eval.prompts or len(data)]
+        captions = default_names()
+        captions = captions[: cfg.eval.prompts or len(captions)]
         self.cond = adapter.encode_prompts(captions)
         self.shown = torch.linspace(0, len(captions) - 1, min(cfg.eval.grid, len(captions))).long()
         self.best_few = min(self.reference.record["few"], key=lambda row: row["kid"])
