@@ -111,20 +111,21 @@ class Train(Section):
     RANGES = {
         "iterations": (1, 10**9), "minutes": (0, 1e6), "gen_every": (1, 1000), "lr": (0, 1), "fake_lr": (0, 1),
         "disc_lr": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "eps": (0, 1), "weight_decay": (0, 10),
-        "warmup": (0, 10**9), "clip": (0, INF), "fake_warmup": (0, 10**9), "checkpoint_every": (1, 10**9),
-        "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
+        "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (0, INF), "fake_warmup": (0, 10**9),
+        "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
     }  # fmt: skip
-    iterations: int = doc("loop iterations; one in gen_every updates the student", 240)
+    iterations: int = doc("loop iterations; one in gen_every updates the student", 200)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
     gen_every: int = doc("TTUR f: iterations per student update", 5)
-    lr: float = doc("learning rate of the student", 5e-5)
-    fake_lr: float = doc("learning rate of the fake score", 2e-4)
+    lr: float = doc("learning rate of the student", 2.5e-5)
+    fake_lr: float = doc("learning rate of the fake score", 4e-4)
     disc_lr: float = doc("learning rate of the discriminator", 2e-4)
     beta1: float = doc("AdamW beta1", 0.9)
     beta2: float = doc("AdamW beta2", 0.999)
     eps: float = doc("AdamW eps", 1e-8)
     weight_decay: float = doc("AdamW decoupled weight decay", 0.0)
     warmup: int = doc("linear learning-rate warm-up, iterations", 0)
+    cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
     precision: Literal["fp32"] = doc("storage of the trained weights", "fp32")
     fake_warmup: int = doc("iterations that train the fake alone, at the start", 0)
@@ -156,8 +157,8 @@ class Dmd(Section):
 class Fake(Section):
     NAME = "fake"
     RANGES = {"logit_mean": (-100, 100), "logit_std": (1e-6, 100)}
-    t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "logit-normal")
-    t_shift: bool = doc("apply the schedule's shift to t", True)
+    t_law: Literal["uniform", "logit-normal"] = doc("law of t, before the shift", "uniform")
+    t_shift: bool = doc("apply the schedule's shift to t", False)
     logit_mean: float = doc("mean of the logit-normal law", 0.0)
     logit_std: float = doc("deviation of the logit-normal law", 1.0)
 
@@ -223,7 +224,7 @@ class Rollout(Section):
 class Ema(Section):
     NAME = "ema"
     RANGES = {"decay": (0, 0.999999)}
-    decay: float = doc("EMA of the student per student update; 0: off", 0.9)
+    decay: float = doc("EMA of the student per student update; 0: off", 0.95)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class Eval(Section):
         "every": (1, 10**9), "prompts": (0, 10**6), "grid": (1, 64), "teacher_steps": (1, 1000),
         "teacher_guidance": (0, 100), "teacher_shift": (0.01, 100),
     }  # fmt: skip
-    every: int = doc("iterations between evaluations", 60)
+    every: int = doc("iterations between evaluations", 50)
     prompts: int = doc("prompts scored; 0: all of the data set", 0)
     grid: int = doc("columns of the picture grid", 16)
     teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)

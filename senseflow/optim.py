@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate warm-up, gradient clipping and EMA; none waits for the device."""
+"""Optimizer, learning-rate schedule, gradient clipping and EMA; none waits for the device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ def make_adamw(
     return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
-def warmup_lr(iteration: int, lr: float, warmup: int) -> float:
-    """lr * (iteration + 1) / warmup during the first `warmup` iterations (from 0), then lr."""
-    return lr * min(1.0, (iteration + 1) / warmup) if warmup > 0 else lr
+def scheduled_lr(iteration: int, lr: float, warmup: int, total: int = 0, cooldown: float = 0.0) -> float:
+    """lr * (iteration + 1) / warmup during the first `warmup` iterations (from 0), then lr.
+
+    Over the last share `cooldown` of the `total` iterations it falls linearly, to 0 just after the last one.
+    """
+    lr *= min(1.0, (iteration + 1) / warmup) if warmup > 0 else 1.0
+    return lr * min(1.0, max(0.0, (total - iteration) / (cooldown * total))) if cooldown > 0 else lr
 
 
 @torch.no_grad()

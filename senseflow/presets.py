@@ -41,7 +41,8 @@ def _released(name: str, **parts) -> Config:
 def _train(iterations: int, gen_every: int, lr: float) -> Train:
     """One constant rate for all three networks: the released warm-up of 500 starts at its own end (paper.md 4)."""
     return Train(
-        iterations=iterations, gen_every=gen_every, lr=lr, fake_lr=lr, disc_lr=lr, warmup=0, checkpoint_every=500,
+        iterations=iterations, gen_every=gen_every, lr=lr, fake_lr=lr, disc_lr=lr, warmup=0, cooldown=0.0,
+        checkpoint_every=500,
     )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def sd35_large() -> Config:
         model=Model(family="sd35", shift=3.0),
         train=_train(27_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=3.0, guidance_max=10.0),
+        fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=1.0, margin=50, guidance_min=5.0, guidance_max=5.0),
         ida=Ida(lam=0.97),
         disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
@@ -76,6 +78,7 @@ def sd35_medium() -> Config:
         model=Model(family="sd35", shift=3.0),
         train=_train(27_000, 10, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=2.0, guidance_max=8.0),
+        fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=0.5, margin=50, guidance_min=2.0, guidance_max=4.0),
         ida=Ida(lam=0.98),
         disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
@@ -90,7 +93,7 @@ def flux_dev() -> Config:
         model=Model(family="flux", shift=1.15, shift_kind="exponential"),
         train=_train(12_000, 5, 1e-5),
         dmd=Dmd(t_law="logit-normal", t_shift=False, guidance_min=1.0, guidance_max=8.0),
-        fake=Fake(t_shift=False),
+        fake=Fake(t_law="logit-normal", t_shift=False),
         isg=Isg(weight=1.0, margin=20, margin_space="sigma", guidance_min=1.0, guidance_max=8.0),
         ida=Ida(lam=0.97),
         disc=Disc(weight=2.0, omega="paper", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
@@ -105,7 +108,7 @@ def sdxl() -> Config:
         model=Model(family="sdxl", shift=1.0),
         train=_train(18_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=8.0, guidance_max=8.0),
-        fake=Fake(t_law="uniform"),
+        fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),
         disc=Disc(weight=0.5, omega="released-sdxl", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),

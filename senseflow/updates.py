@@ -9,7 +9,7 @@ from torch import Tensor
 
 from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.config import Config
-from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, warmup_lr
+from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, scheduled_lr
 from senseflow.steps import Parts
 
 
@@ -33,6 +33,11 @@ class Updates:
         self.ema = Ema(self.params["student"], cfg.ema.decay) if cfg.ema.decay > 0 else None
         self.adaptive = AdaptiveLambda(cfg.ida.lam) if cfg.ida.mode == "adaptive" else None
 
+    def scheduled(self, name: str, iteration: int) -> float:
+        """The rate of a network; the cooldown is the student's alone, so that the fake catches up with it."""
+        t = self.cfg.train
+        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown if name == "student" else 0.0)
+
     def step(self, loss: Tensor, iteration: int, *names: str) -> dict[str, Tensor]:
         """One backward into the named networks, then clip and Adam step of each; a network is skipped where the loss or
         its gradient norm is not finite. Nothing else gets a gradient: requires_grad is never toggled."""
@@ -45,7 +50,7 @@ class Updates:
                 finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
                 optimizer = self.optimizers[name]
                 for group in optimizer.param_groups:
-                    group["lr"] = warmup_lr(iteration, self.lr[name], self.cfg.train.warmup)
+                    group["lr"] = self.scheduled(name, iteration)
                 apply_if_finite(optimizer, finite)
                 optimizer.zero_grad(set_to_none=True)
                 metrics |= {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}

@@ -13,7 +13,7 @@ import torch
 from senseflow import checkpoint
 from senseflow.checkpoint import load_latest, save
 from senseflow.config import UserError
-from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, warmup_lr
+from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, scheduled_lr
 
 FS_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.fsync")
 
@@ -322,8 +322,9 @@ def test_clip_grad_norm(device, dtype):
 
 
 def test_warmup():
-    assert [warmup_lr(i, 2.0, 4) for i in (0, 1, 3, 4, 100)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    assert warmup_lr(0, 2.0, 0) == 2.0
+    assert [scheduled_lr(i, 2.0, 4) for i in (0, 1, 3, 4, 100)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert scheduled_lr(0, 2.0, 0) == 2.0
+    assert [scheduled_lr(i, 2.0, 0, 8, 0.5) for i in (0, 3, 4, 5, 7)] == [2.0, 2.0, 2.0, 1.5, 0.5]
 
 
 def test_ema_closed_form(tmp_path):

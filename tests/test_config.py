@@ -42,6 +42,7 @@ def test_training_setup(preset, lr, iterations, omega, dmd_law, fake_law, shift)
     t = c.train
     assert (t.lr, t.fake_lr, t.disc_lr, t.iterations) == (lr, lr, lr, iterations)
     assert (t.beta1, t.beta2, t.eps, t.weight_decay, t.clip, t.warmup) == (0.9, 0.999, 1e-8, 0, 1, 0)
+    assert (t.cooldown, c.fake.t_shift) == (0, preset != "flux-dev")
     assert (c.disc.omega, c.dmd.t_law, c.fake.t_law, c.model.shift) == (omega, dmd_law, fake_law, shift)
     assert (c.dmd.t_min, c.dmd.t_max, c.dmd.eps, c.isg.loss, c.disc.omega_on_d) == (0.02, 0.98, 0, "charbonnier", True)
     assert c.disc.taps == (-1, 2, 5, 8, 10, 14, 19, 23)
