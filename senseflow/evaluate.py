@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from senseflow.config import Config, UserError
+from senseflow.config import Config, UserError, replace
 from senseflow.data.emoji import default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.metrics import (
     AlignmentModel,
@@ -102,6 +102,16 @@ class Reference:
         )  # fmt: skip
 
 
+def few_step_scores(reference: Reference, adapter: Any, teacher: nn.Module, cond: Condition, steps: int) -> list[dict]:
+    """The teacher's own scores at `steps` Euler steps, a row for every shift and guidance of FEW_STEP_GRID."""
+    rows = []
+    for shift, w in FEW_STEP_GRID:
+        scores = reference.score(teacher_samples(adapter, teacher, steps, w, shift, cond, TEACHER_SEED), cond)
+        rows.append(dict(steps=steps, shift=shift, guidance=w, **asdict(scores)))
+        print(f"teacher, {steps} steps, shift {shift:g}, w = {w:g}: KID {scores.kid:.1f}", flush=True)
+    return rows
+
+
 def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift: float, prompts: int = 0) -> None:
     """Generates the reference of a teacher folder: pictures, score nets' scale and heads, the teacher's scores.
 
@@ -136,13 +146,7 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
     one_of_each = to_float(pick_variants(data.images, torch.arange(count), seed=0))
     record["real"] = asdict(reference.score(one_of_each, shown))
     record["many"] = asdict(reference.score(many(TEACHER_SEED), shown))
-    rows = []
-    for few_shift, w in FEW_STEP_GRID:
-        sampled = teacher_samples(adapter, net, 4, w, few_shift, shown, TEACHER_SEED)
-        scores = reference.score(sampled, shown)
-        rows.append(dict(steps=4, shift=few_shift, guidance=w, **asdict(scores)))
-        print(rows[-1], flush=True)
-    record["few"] = rows
+    record["few"] = few_step_scores(reference, adapter, net, shown, 4)
     (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -199,12 +203,29 @@ class Evaluator:
         captions = captions[: cfg.eval.prompts or len(captions)]
         self.cond = adapter.encode_prompts(captions)
         self.shown = torch.linspace(0, len(captions) - 1, min(cfg.eval.grid, len(captions))).long()
-        self.best_few = min(self.reference.record["few"], key=lambda row: row["kid"])
+        self.few = self._few(teacher, cfg.model.steps)
+        self.best_few = min(self.few, key=lambda row: row["kid"])
         self.few_pictures = teacher_samples(
-            adapter, teacher, 4, self.best_few["guidance"], self.best_few["shift"],
+            adapter, teacher, cfg.model.steps, self.best_few["guidance"], self.best_few["shift"],
             self.cond.index(self.shown), TEACHER_SEED,
         )  # fmt: skip
         self.many_pictures = self.reference.pictures[self.shown]
+
+    def _few(self, teacher: nn.Module, steps: int) -> list[dict]:
+        """The teacher at the student's number of steps: shipped for 4; else made once, in the user's cache."""
+        record = self.reference.record
+        rows = [row for row in record["few"] if row["steps"] == steps]
+        if rows:
+            return rows
+        key = [record[k] for k in ("teacher_sha256", "steps", "guidance", "shift", "prompts")]
+        name = hashlib.sha256(json.dumps([key, steps]).encode()).hexdigest()[:16]
+        file = cache_folder() / f"few-steps-{name}.json"
+        if not file.is_file():
+            print(f"no scores of this teacher at {steps} steps yet: making them once, in {file}", flush=True)
+            rows = few_step_scores(self.reference, self.adapter, teacher, self.cond, steps)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rows) + "\n")
+        return json.loads(file.read_text())
 
     def measure(self, net: nn.Module, anchors: list[float], sampler: str = "renoise") -> Look:
         """The student's pictures of every prompt, scored."""
@@ -222,12 +243,13 @@ class Evaluator:
         w, steps = record["guidance"], record["steps"]
         many = f"teacher, {steps} Euler steps, w = {w:g} (other seed)"
         add(many, str(2 * steps), Scores(**record["many"]))
-        for row in record["few"]:
+        for row in self.few:
             few = {k: v for k, v in row.items() if k not in ("steps", "shift", "guidance")}
             best = ", its best" if row == self.best_few else ""
-            name = f"teacher, 4 Euler steps, w = {row['guidance']:g}, shift {row['shift']:g}{best}"
+            n = row["steps"]
+            name = f"teacher, {n} Euler steps, w = {row['guidance']:g}, shift {row['shift']:g}{best}"
             if best or row["guidance"] == 1:
-                add(name, "4" if row["guidance"] == 1 else "8", Scores(**few))
+                add(name, str(n if row["guidance"] == 1 else 2 * n), Scores(**few))
         for sampler in ("renoise", "euler"):
             scores = self.measure(net, anchors, sampler).scores
             add(f"student, {len(anchors)} steps, {sampler}", str(len(anchors)), scores)
@@ -252,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.student:
             raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
         adapter, net, record = load_student(args.student)
+        cfg = replace(cfg, {"model.steps": len(record["anchors"])})
         evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)
         print_table("lower KID and FD are better", *evaluator.table(net, record["anchors"]))
     except UserError as error:

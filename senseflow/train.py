@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import senseflow_kernels
 from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
@@ -67,8 +68,9 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         raise UserError(f"model.family = {cfg.model.family!r} has no adapter yet: allowed here is 'embedded'")
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
-    if cfg.kernels.strict:
-        raise UserError("kernels.strict = True: there are no fused kernels yet, torch runs every operation")
+    why_not = senseflow_kernels.reason_against(device)
+    if cfg.kernels.strict and why_not:
+        raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     folder = teacher_folder(cfg.model.teacher)
     teacher = load_transformer(folder, device).requires_grad_(False)
     images = load_variants()
@@ -249,7 +251,7 @@ def train(args: Arguments) -> int:
             log.warn(warning)
 
     done = first
-    with Stop() as stop, log:
+    with Stop() as stop, log, senseflow_kernels.strict(cfg.kernels.strict):
         if first == 0 and not args.profile:
             look(0)
         for iteration in range(first, total):

@@ -10,6 +10,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, where kernels are decorated
+from senseflow_kernels import _launch
+
+if not torch.cuda.is_available():
+    os.environ["SENSEFLOW_KERNELS"] = "torch"  # for subprocesses: a whole training in the interpreter would take hours
+
 # Shared machines make deadlines flaky; the same examples everywhere make a failure repeatable.
 settings.register_profile("senseflow", deadline=None, derandomize=True)
 settings.load_profile("senseflow")
@@ -23,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _torch_path(request: pytest.FixtureRequest):
+    """Without a GPU the interpreter runs the kernels in tests/ops alone."""
+    if torch.cuda.is_available() or request.path.parent.name == "ops":
+        yield
+    else:
+        with _launch.torch_path():
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,72 @@
+"""What the ops are to reach on a GPU, and whether a run did. Judged under graph replay, ours and baseline alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """Rows of `ours` by op, start of case, mode and form; then at most us, or at least ratio over baseline rows."""
+
+    text: str
+    op: str
+    case: str
+    mode: str
+    form: str = "ours"
+    at_most_us: float | None = None
+    copy_share: float | None = None  # at least, of the copy bandwidth of the same run
+    baseline: str | None = None  # kind or form of the rows to beat; the fastest of them counts
+    ratio: float = 1.0
+
+
+SCORE, B1 = "score gradient fwd+bwd", "flow 16x128x128 bf16 b=1"
+HEADS = "8 heads x 1370 b=8"
+
+TARGETS: tuple[Target, ...] = (
+    Target("score gradient b=1: at most 8 us", SCORE, B1, "graph", at_most_us=8),
+    Target("score gradient b=1: 8x the fastest eager form", SCORE, B1, "graph", baseline="eager", ratio=8),
+    Target("score gradient b=1: 1.5x torch.compile", SCORE, B1, "graph", baseline="compile", ratio=1.5),
+    Target("hinge D, 8 heads, b=8: 10x eager", "hinge D fwd+bwd", HEADS, "graph", baseline="eager", ratio=10),
+    Target("hinge D, 8 heads, b=8: 2x torch.compile", "hinge D fwd+bwd", HEADS, "graph", baseline="compile", ratio=2),
+    Target("hinge G, 8 heads, b=8: 10x eager", "hinge G fwd+bwd", HEADS, "graph", baseline="eager", ratio=10),
+    Target("hinge G, 8 heads, b=8: 2x torch.compile", "hinge G fwd+bwd", HEADS, "graph", baseline="compile", ratio=2),
+    Target("lerp fp32: 92 % of the copy bandwidth", "lerp fp32", "large", "call", copy_share=0.92),
+    Target("lerp nearest: 92 % of the copy bandwidth", "lerp nearest", "large", "call", copy_share=0.92),
+    Target("lerp split: within 10 % of its byte floor", "lerp split", "large", "call", copy_share=1 / 1.1),
+    Target("lerp stochastic: within 10 % of its byte floor", "lerp stochastic", "large", "call", copy_share=1 / 1.1),
+    Target("lerp nearest, large: no slower than _foreach_lerp_", "lerp nearest", "large", "call",
+           baseline="_foreach_lerp_"),
+    Target("lerp nearest, small: no slower than _foreach_lerp_", "lerp nearest", "small", "call",
+           baseline="_foreach_lerp_"),
+)  # fmt: skip
+
+
+def judge(rows: Sequence[Row]) -> list[tuple[Target, str, str]]:
+    """(target, what was measured, pass | fail | not measured), one per target and case that begins as it says."""
+    copies = [r for r in rows if r["op"] == "copy"]
+    copy = copies[0]["bytes"] / copies[0]["median_s"] if copies else None
+    return [(target, *_verdict(target, rows, copy)) for target in TARGETS]
+
+
+def _verdict(target: Target, rows: Sequence[Row], copy: float | None) -> tuple[str, str]:
+    here = [r for r in rows if (r["op"], r["mode"]) == (target.op, target.mode) and r["case"].startswith(target.case)]
+    verdicts = []
+    for ours in (r for r in here if r["form"] == target.form):
+        us = ours["median_s"] * 1e6
+        if target.at_most_us is not None:
+            verdicts.append((f"{us:.2f} us", us <= target.at_most_us))
+        elif target.copy_share is not None and copy:
+            share = ours["bytes"] / ours["median_s"] / copy
+            verdicts.append((f"{share:.1%} ({ours['case']})", share >= target.copy_share))
+        elif target.baseline is not None:
+            others = [r for r in here if r["case"] == ours["case"] and target.baseline in (r["kind"], r["form"])]
+            if others:
+                best = min(others, key=lambda r: r["median_s"])
+                ratio = best["median_s"] / ours["median_s"]
+                verdicts.append((f"{ratio:.2f}x {best['form']} ({ours['case']})", ratio >= target.ratio))
+    if not verdicts:
+        return "", "not measured"
+    return "; ".join(text for text, _ in verdicts), "pass" if all(ok for _, ok in verdicts) else "fail"

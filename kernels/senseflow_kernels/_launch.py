@@ -1,0 +1,184 @@
+"""Which path runs an op: Triton on CUDA tensors (or in Triton's interpreter), torch elsewhere; said once, counted.
+
+Importing this needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Callable[..., Any] = triton.jit  # pyright: ignore[reportRedeclaration]
+except ImportError:  # the torch path needs none of it
+
+    def jit(fn: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        return fn
+
+    triton: Any = None
+    tl: Any = None
+
+log = logging.getLogger("senseflow_kernels")
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+launches: Counter[str] = Counter()  # kernel launches of this process by op; a captured graph counts once
+
+_said: set[tuple[str, str]] = set()
+_chosen = os.environ.get("SENSEFLOW_KERNELS", "auto")
+if _chosen not in ("auto", "torch", "strict"):
+    raise ValueError(f"SENSEFLOW_KERNELS = {_chosen!r}: allowed is auto, torch or strict")
+_strict, _torch_only = _chosen == "strict", _chosen == "torch"
+
+
+class Unavailable(RuntimeError):
+    """A fused kernel was demanded (strict) and cannot run."""
+
+
+def is_available(device: str | torch.device = "cuda") -> bool:
+    """Whether the Triton kernels run on tensors of `device` in this process."""
+    return reason_against(torch.device(device)) is None
+
+
+def reason_against(device: torch.device) -> str | None:
+    """Why Triton does not run there, in words; None where it does."""
+    if _torch_only:
+        return "the torch path was asked for"
+    if triton is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if INTERPRET else "the tensors are on the CPU"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} tensors"
+    return None
+
+
+@contextmanager
+def strict(on: bool = True) -> Iterator[None]:
+    """Inside: an op that cannot run its kernel raises Unavailable. Also SENSEFLOW_KERNELS=strict."""
+    global _strict
+    before, _strict = _strict, on
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+@contextmanager
+def torch_path() -> Iterator[None]:
+    """Inside: every op runs its torch form, to compare or to time. Also SENSEFLOW_KERNELS=torch."""
+    global _torch_only
+    before, _torch_only = _torch_only, True
+    try:
+        yield
+    finally:
+        _torch_only = before
+
+
+def fused(op: str, *tensors: Tensor | None) -> bool:
+    """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64).
+
+    Where it does not, says once which path runs and why; under strict raises Unavailable.
+    """
+    present = [t for t in tensors if t is not None]
+    reason = reason_against(present[0].device)
+    if reason is None and any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in present):
+        reason = f"dtypes are {sorted({str(t.dtype) for t in present})}, the kernel takes fp32, fp16 and bf16"
+    if reason is None:
+        return True
+    if _strict:
+        raise Unavailable(f"{op}: {reason}, and strict mode forbids another path")
+    if not torch.compiler.is_compiling() and (op, reason) not in _said:
+        _said.add((op, reason))
+        # On a CPU torch is the path by design; anywhere else the user expected a kernel.
+        level = logging.INFO if present[0].device.type == "cpu" or _torch_only else logging.WARNING
+        log.log(level, "%s runs in torch, not in Triton: %s", op, reason)
+    return False
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def ticket(device: torch.device) -> Tensor:
+    """int32 [1] at zero, by which the last block of a launch knows itself; that block puts it back to zero.
+
+    One per stream: launches on one stream never overlap. Under graph capture a fresh one, zeroed in the graph.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args), counted under `op`."""
+    launches[op] += 1
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def blocks_of(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of two at or above n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+# -- device functions shared by the kernels ------------------------------------------------------------------------
+
+
+@jit
+def rounded(value, dtype: tl.constexpr, emulate: tl.constexpr):  # type: ignore[name-defined]
+    """fp32 -> dtype, to nearest even. Triton's interpreter truncates to bf16, hence `emulate`, its integer form."""
+    if emulate and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        near = tl.where(value == value, near, 0x7FC0)
+        return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@jit
+def total(value):
+    """Sum of all elements: tl.sum, whose type a checker takes for a tuple too."""
+    return tl.sum(value)
+
+
+@jit
+def finite(value):
+    """torch.nan_to_num in fp32: NaN -> 0, infinities -> the largest finite value."""
+    value = tl.where(value == value, value, 0.0)
+    return tl.minimum(tl.maximum(value, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+@jit
+def last_block(counter_ptr, programs):
+    """Whether this program is the last of `programs` to arrive here. What the others stored before is then visible.
+
+    The last one puts the counter back, so the next launch (or graph replay) finds zero.
+    """
+    tl.debug_barrier()  # all threads' stores come before thread 0's release
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    last = arrived == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last

@@ -1,0 +1,140 @@
+"""The benchmark's formulas equal ours, its clock is the device's, its report says what a file holds."""
+
+import json
+
+import pytest
+import torch
+
+from bench import harness, peers, report, targets
+from bench.test_hinge import LOSSES
+from bench.test_hinge import errors as hinge_errors
+from bench.test_lerp import LAM, pieces
+from bench.test_score import errors, ours
+from senseflow_kernels import Lerp
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epsilon", [False, True], ids=["flow", "epsilon"])
+@pytest.mark.parametrize("form", ["ours", "plain", *peers.SCORE_FORMS])
+def test_score_forms(form: str, epsilon: bool, dtype: torch.dtype, device) -> None:
+    s = peers.score_inputs((3, 4, 24, 24), dtype, epsilon, device)
+    s.x.requires_grad_()
+    loss = {"ours": ours, "plain": peers.plain_score, **peers.SCORE_FORMS}[form]
+    assert max(errors(loss, s)) <= peers.score_tolerance(form, dtype, form == "ours")
+
+
+def test_modelopt_form(device) -> None:
+    pytest.importorskip("modelopt.torch.fastgen.losses", reason="nvidia-modelopt is not installed")
+    s = peers.score_inputs((2, 4, 16, 16), torch.float32, False, device)
+    s.x.requires_grad_()
+    assert max(errors(peers.modelopt_score(), s)) <= peers.score_tolerance("nvidia-modelopt", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("side", "form"), list(LOSSES))
+def test_hinge_forms(side: str, form: str, dtype: torch.dtype, device) -> None:
+    heads = [torch.randn(4, 200, device=device).to(dtype).requires_grad_() for _ in range(6)]
+    weight = torch.linspace(0.1, 1, 4, device=device)
+    found = hinge_errors(LOSSES[side, form], side, heads[:3], heads[3:], weight)
+    assert max(found) <= peers.hinge_tolerance(dtype, form == "ours")
+
+
+@pytest.mark.parametrize("dtypes", [(d, t) for d in DTYPES for t in DTYPES if d.itemsize >= t.itemsize], ids=str)
+@pytest.mark.parametrize("form", list(peers.LERP_FORMS))
+def test_lerp_forms(form: str, dtypes: tuple[torch.dtype, torch.dtype], device) -> None:
+    phi, theta = (torch.randn(5000, device=device).to(d) for d in dtypes)
+    same = phi.clone()
+    terms = LAM * phi.double().abs() + (1 - LAM) * theta.double().abs()  # they cancel: their difference is no measure
+    Lerp([same], [theta], "fp32" if dtypes[0] == torch.float32 else "nearest").step(LAM)
+    peers.LERP_FORMS[form](pieces(phi, 16), pieces(theta, 16), LAM)
+    # mul_ then add_ rounds twice, ours once; half an eps each
+    assert ((phi.double() - same.double()).abs() <= 2 * torch.finfo(dtypes[0]).eps * terms).all()
+
+
+def test_pieces_are_all_of_it() -> None:
+    flat = torch.arange(10_000)
+    assert torch.equal(torch.cat(pieces(flat, 16)), flat) and len(pieces(flat, 16)) > 16
+
+
+def test_a_round_moves_the_clock_by_one_call() -> None:
+    calls = []
+    a_round, calls_a_round = harness.a_round(lambda: calls.append(None), "call")
+    before, done = harness.clock(), len(calls)
+    a_round()
+    assert len(calls) - done == calls_a_round
+    assert 0 < harness.clock() - before < 1
+
+
+def row(form: str, kind: str, us: float, **other) -> dict:
+    base = dict(op="score gradient fwd+bwd", case="flow 16x128x128 bf16 b=1", mode="graph", rounds=50, bytes=3_145_728)
+    return base | dict(form=form, kind=kind, median_s=us * 1e-6, iqr_s=1e-7, launches=3, fused_launches=2, error=1e-7,
+                       tolerance=1e-6) | other  # fmt: skip
+
+
+def result(device_type: str, rows: list[dict], **other) -> dict:
+    environment = dict(device="Some device", device_type=device_type, commit="0123456789", time="2026-01-02T03:04:05")
+    return dict(format=1, partial=False, environment=environment | other, rows=rows, skipped=[])
+
+
+ROWS = [
+    row("copy_", "copy", 1000, op="copy", case="2048 MiB", mode="call", bytes=2_000_000_000),
+    row("ours", "ours", 5), row("DMD2", "eager", 100), row("rcm", "eager", 60), row("compile", "compile", 6),
+]  # fmt: skip
+
+
+def test_report(tmp_path, capsys) -> None:
+    path = tmp_path / "2026-01-02-0123456789.json"
+    path.write_text(json.dumps(result("cuda", ROWS)))
+    assert report.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "Some device" in out and "0123456789" in out
+    # 3.1 MB in 5 us, of a copy at 2 TB/s; the baselines take 20, 12 and 1.2 times as long
+    assert "| 5.00 us | 0.10 us | 629.1 | 31% | 3 (2 fused) | 1.0e-07 | 20.00x | 12.00x | 1.20x |" in out
+    assert "| score gradient b=1: at most 8 us | 5.00 us | pass |" in out
+    assert "| score gradient b=1: 8x the fastest eager form | 12.00x rcm (flow 16x128x128 bf16 b=1) | pass |" in out
+    assert "| score gradient b=1: 1.5x torch.compile | 1.20x compile (flow 16x128x128 bf16 b=1) | fail |" in out
+    assert "| lerp fp32: 92 % of the copy bandwidth |  | not measured |" in out
+    path.write_text(json.dumps(result("cpu", ROWS)))
+    assert report.main([str(path), "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "CPU" in out and "target" not in out and "| DMD2 | 100.00 us |" in out
+
+
+def test_lerp_targets() -> None:
+    case = "large: 8e+09 parameters in 10, phi bf16, theta bf16"
+
+    def lerp(form: str, kind: str, us: float) -> dict:
+        return row(form, kind, us, op="lerp nearest", case=case, mode="call", bytes=1_000_000_000)
+
+    found = {t.text: v for t, _, v in targets.judge([ROWS[0], lerp("ours", "ours", 530),
+                                                     lerp("_foreach_lerp_", "torch", 520)])}  # fmt: skip
+    assert found["lerp nearest: 92 % of the copy bandwidth"] == "pass"  # 1 / 0.53 of 2 TB/s: 94 %
+    assert found["lerp nearest, large: no slower than _foreach_lerp_"] == "fail"
+    assert found["lerp split: within 10 % of its byte floor"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not JSON"), (json.dumps(result("cuda", ROWS))[:200], "not JSON"), ("[]", "not a result"),
+        ('{"format": 1}', "missing"), (json.dumps(result("cuda", [{}])), "row 0 has no op"),
+        (json.dumps(result("cuda", [row("ours", "ours", 0)])), "row 0 has median_s = 0"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line(text: str, says: str, tmp_path, capsys) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    assert report.main([str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(path) in err and says in err
+
+
+def test_newest_takes_whole_runs_first(tmp_path, monkeypatch) -> None:
+    path = harness.save(ROWS, [], partial=False, folder=tmp_path)
+    again = harness.save(ROWS, [], partial=True, folder=tmp_path)
+    assert path.parent == again.parent == tmp_path / harness.device_slug() and path != again
+    assert report.load(path)["environment"]["torch"] == torch.__version__
+    assert report.newest(tmp_path) == [path]
+    assert report.newest(tmp_path / "nothing") == []
