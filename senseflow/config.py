@@ -117,7 +117,7 @@ class Train(Section):
     iterations: int = doc("loop iterations; one in gen_every updates the student", 200)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
     gen_every: int = doc("TTUR f: iterations per student update", 5)
-    lr: float = doc("learning rate of the student", 2.5e-5)
+    lr: float = doc("learning rate of the student", 2.2e-5)
     fake_lr: float = doc("learning rate of the fake score", 4e-4)
     disc_lr: float = doc("learning rate of the discriminator", 2e-4)
     beta1: float = doc("AdamW beta1", 0.9)
