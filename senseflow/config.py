@@ -114,10 +114,10 @@ class Train(Section):
         "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (0, INF), "fake_warmup": (0, 10**9),
         "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
     }  # fmt: skip
-    iterations: int = doc("loop iterations; one in gen_every updates the student", 200)
+    iterations: int = doc("loop iterations; one in gen_every updates the student", 120)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
     gen_every: int = doc("TTUR f: iterations per student update", 5)
-    lr: float = doc("learning rate of the student", 2.2e-5)
+    lr: float = doc("learning rate of the student", 3.6e-5)
     fake_lr: float = doc("learning rate of the fake score", 4e-4)
     disc_lr: float = doc("learning rate of the discriminator", 2e-4)
     beta1: float = doc("AdamW beta1", 0.9)
@@ -224,7 +224,7 @@ class Rollout(Section):
 class Ema(Section):
     NAME = "ema"
     RANGES = {"decay": (0, 0.999999)}
-    decay: float = doc("EMA of the student per student update; 0: off", 0.95)
+    decay: float = doc("EMA of the student per student update; 0: off", 0.9)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Eval(Section):
         "every": (1, 10**9), "prompts": (0, 10**6), "grid": (1, 64), "teacher_steps": (1, 1000),
         "teacher_guidance": (0, 100), "teacher_shift": (0.01, 100),
     }  # fmt: skip
-    every: int = doc("iterations between evaluations", 50)
+    every: int = doc("iterations between evaluations", 30)
     prompts: int = doc("prompts scored; 0: all of the data set", 0)
     grid: int = doc("columns of the picture grid", 16)
     teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)

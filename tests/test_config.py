@@ -190,7 +190,7 @@ def test_help_names_every_field(capsys):
     printed = capsys.readouterr().out
     assert all(f"  --{name} " in printed and doc in printed for name, (_, _, doc) in settings(Config()).items()
                if name != "preset")  # fmt: skip
-    assert "learning rate of the student [a number, 0 to 1; default '2.2e-05']" in printed
+    assert "learning rate of the student [a number, 0 to 1; default '3.6e-05']" in printed
 
 
 def test_help_after_a_preset_shows_its_values(capsys):
