@@ -68,9 +68,11 @@ class PhasedAdapter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.adapter, name)
 
-    def predict(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+    def predict(
+        self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
+    ) -> Tensor:
         with nullcontext() if self.profiler.inside else self.profiler.phase(self.names[id(net)]):
-            return self.adapter.predict(net, x, sigma, cond)
+            return self.adapter.predict(net, x, sigma, cond, guidance)
 
     def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         with self.profiler.phase("D features"):
@@ -178,7 +180,7 @@ def generator_losses(parts: Parts, cfg: Config, step: Step, real_features) -> Te
     return loss
 
 
-def isg_loss(parts: Parts, cfg: Config, step: Step, uncond: Condition) -> Tensor:
+def isg_loss(parts: Parts, cfg: Config, step: Step, uncond: Condition | None) -> Tensor:
     """Intra-segment guidance (Eq. 12) with the midpoint law of the config."""
     d, it, ids = parts.draws, step.iteration, step.batch.samples
     u = d.uniform(it, ids, "isg.mid")

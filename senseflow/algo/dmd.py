@@ -16,9 +16,9 @@ def teacher_predictions(
     guidance: Tensor | None, uncond: Condition | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(conditional, unconditional) predictions from ONE forward of 2B, ordered [uncond, cond]; (conditional, None)
-    from one of B when there is nothing to combine."""
+    from one of B when there is nothing to combine: the teacher embeds its guidance, or is asked without."""
     if uncond is None or guidance is None:
-        return adapter.predict(teacher, x, sigma, cond), None
+        return adapter.predict(teacher, x, sigma, cond, guidance), None
     both = adapter.predict(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), uncond.cat(cond))
     v_uncond, v_cond = both.chunk(2)
     return v_cond, v_uncond

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,8 +39,10 @@ class Adapter(Protocol):
     latent_shape: tuple[int, ...]
     parameterization: str  # "flow": predicts v = eps - x0; "epsilon": predicts eps
 
-    def predict(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """The network's prediction, same shape and dtype as x."""
+    def predict(
+        self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
+    ) -> Tensor:
+        """The network's prediction, same shape and dtype as x. guidance fp32 [B] is for a network that embeds it."""
         ...
 
     def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -55,8 +57,20 @@ class Adapter(Protocol):
         """Pixels [B, 3, Hp, Wp] in [-1, 1], differentiable."""
         ...
 
-    def uncond(self, batch: int) -> Condition:
-        """The encoded empty prompt, `batch` times."""
+    def uncond(self, batch: int) -> Condition | None:
+        """What guidance starts from, `batch` times: the encoded empty prompt, or zeros. None: the teacher embeds its
+        guidance."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition: ...
+
+
+def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
+    """What the middle one of `blocks` returns as element `stream` while `forward` runs."""
+    caught: list[Tensor] = []
+    hook = blocks[len(blocks) // 2].register_forward_hook(lambda _m, _i, out: caught.append(out[stream]))
+    try:
+        forward()
+    finally:
+        hook.remove()
+    return caught[0]

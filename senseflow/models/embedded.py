@@ -12,7 +12,8 @@ from torch import Tensor
 
 from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
-from senseflow.models.adapter import Condition
+from senseflow.models import vae as autoencoder
+from senseflow.models.adapter import Condition, middle_tokens
 from senseflow.models.text import embed_prompts
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
@@ -88,12 +89,14 @@ class EmbeddedAdapter:
         self.vae = vae
         self.latent_shape: tuple[int, ...] = (3, 32, 32)
         if vae is not None:
-            side = 32 // 2 ** (len(vae.config.block_out_channels) - 1)
+            side = 32 // autoencoder.downsampling(vae)
             self.latent_shape = (vae.config.latent_channels, side, side)
         self.device = torch.device(device)
 
-    def predict(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """Velocity [B, 3, 32, 32] at x [B, 3, 32, 32], sigma fp32 [B]."""
+    def predict(
+        self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Velocity [B, 3, 32, 32] at x [B, 3, 32, 32], sigma fp32 [B]; the network knows no guidance of its own."""
         return net(
             hidden_states=x,
             timestep=self.schedule.timestep(sigma),
@@ -104,31 +107,16 @@ class EmbeddedAdapter:
 
     def features(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Image tokens [B, 64, D] after the middle block, for `disc.kind fake_features`."""
-        caught: list[Tensor] = []
         blocks: Any = net.transformer_blocks
-        block = blocks[len(blocks) // 2]
-        # a joint block returns (text tokens, image tokens)
-        handle = block.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
-        try:
-            self.predict(net, x, sigma, cond)
-        finally:
-            handle.remove()
-        return caught[0]
+        return middle_tokens(blocks, lambda: self.predict(net, x, sigma, cond), 1)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pixels [B, 3, 32, 32] in [-1, 1]: a posterior sample by `noise`, of the latents' shape."""
-        if self.vae is None:
-            return pixels
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels).latent_dist
-        z = posterior.mean + posterior.std * noise
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, 32, 32], nominally in [-1, 1], differentiable in the latents."""
-        if self.vae is None:
-            return latents
-        return self.vae.decode(latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)).sample
+        return autoencoder.decode(self.vae, latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""
