@@ -51,6 +51,14 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file} is truncated or corrupt ({error}): copy it again") from None
 
 
+def dtype_argument() -> str:
+    """What this diffusers calls from_pretrained's dtype: `torch_dtype` was renamed in 0.42."""
+    import diffusers
+
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
+
+
 def is_local(source: str | Path) -> bool:
     """Whether `source` is meant as a folder: it exists, or does not look like `owner/name`."""
     text = str(source)
@@ -71,7 +79,7 @@ def load_component(
         found = json.loads((Path(source) / subfolder / "config.json").read_text()).get("_class_name", cls.__name__)
         if found != cls.__name__:
             raise UserError(f"{Path(source) / subfolder} holds a {found}, expected {cls.__name__}")
-    kwargs: dict[str, Any] = dict(subfolder=subfolder, torch_dtype=dtype, variant=variant or None)
+    kwargs: dict[str, Any] = {"subfolder": subfolder, dtype_argument(): dtype, "variant": variant or None}
     if not subfolder.startswith("text_encoder"):
         kwargs["low_cpu_mem_usage"] = _has_accelerate()  # without accelerate: a plain construction first
     try:
@@ -111,6 +119,6 @@ def load_pipeline_shell(cls: Any, source: str | Path, dtype: torch.dtype, withou
     """
     empty = dict.fromkeys(without)
     try:
-        return cls.from_pretrained(source, torch_dtype=dtype, local_files_only=is_local(source), **empty)
+        return cls.from_pretrained(source, local_files_only=is_local(source), **{dtype_argument(): dtype}, **empty)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: text encoders do not load: {first_line(error)}") from None
