@@ -32,7 +32,7 @@ class Toy:
         self.parameterization = self.schedule.parameterization
         self.calls = []
 
-    def predict(self, net, x, sigma, cond):
+    def predict(self, net, x, sigma, cond, guidance=None):
         self.calls.append((sigma.clone(), cond.pooled.flatten().clone()))
         return net(x, sigma.view(-1, 1, 1, 1), cond.pooled.view(-1, 1, 1, 1))
 

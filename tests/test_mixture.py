@@ -38,7 +38,7 @@ class Plane:
 
     schedule, parameterization, latent_shape = FlowSchedule(1.0), "flow", (2, 1, 1)
 
-    def predict(self, net, x, sigma, cond):
+    def predict(self, net, x, sigma, cond, guidance=None):
         return net(x.flatten(1), sigma.view(-1, 1)).view_as(x)
 
 

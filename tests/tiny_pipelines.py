@@ -124,10 +124,10 @@ def write_sdxl(folder: Path) -> Path:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     net = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), cross_attention_dim=32,
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), cross_attention_dim=32, norm_num_groups=4,
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )  # fmt: skip
     vae, one, two = tiny_vae(4, 0.13025, None), clip_text(16, False, 3), clip_text(16, True, 3)
