@@ -83,9 +83,12 @@ INF = math.inf
 @dataclass(frozen=True)
 class Model(Section):
     NAME = "model"
-    RANGES = {"shift": (0, 100)}
+    RANGES = {"shift": (0, 100), "side": (16, 8192), "text_length": (0, 4096)}
     family: Literal["embedded", "sd35", "flux", "sdxl"] = doc("teacher family", "embedded")
-    teacher: str = doc("diffusers folder of the teacher; empty: the embedded one", "")
+    teacher: str = doc("diffusers folder or hub id of the teacher; empty: the embedded one", "")
+    side: int = doc("side of the images, pixels", 32)
+    text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)
+    dtype: Literal["fp32", "bf16"] = doc("of frozen networks, and of the arithmetic in the trained ones", "fp32")
     shift: float = doc("schedule shift: factor (linear) or mu (exponential)", 3.0)
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
@@ -196,6 +199,7 @@ class Disc(Section):
         "d_weight": (0, INF), "taps": (-1, 39),
     }  # fmt: skip
     kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
+    backbone: str = doc("DINOv2 folder, file or hub id; empty: the embedded ViT-S", "")
     weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
     omega: Literal["paper", "released-sd35", "released-sdxl", "one"] = doc("weight over t", "paper")
     omega_on_d: bool = doc("weigh D's own loss too (released), or not (paper's text)", True)

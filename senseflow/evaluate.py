@@ -178,15 +178,15 @@ def find_reference(teacher: Path, cfg: Config) -> Path:
 
 @dataclass
 class Look:
-    """One evaluation: scores and the first pictures of the student."""
+    """One evaluation: scores, where there are any, and pictures of the student."""
 
-    scores: Scores
+    scores: Scores | None
     pictures: Tensor  # fp32 [N, 3, H, W]
 
     def row(self) -> dict[str, float]:
-        return {f"eval/{k}": v for k, v in asdict(self.scores).items()}
+        return {f"eval/{k}": v for k, v in asdict(self.scores).items()} if self.scores else {}
 
-    def grid(self, evaluator: Evaluator) -> Tensor:
+    def grid(self, evaluator: Any) -> Tensor:
         """uint8 [3, H, W]: teacher few-step, student few-step, teacher many-step; a column per prompt."""
         n = len(evaluator.shown)
         rows = [evaluator.few_pictures, self.pictures[evaluator.shown], evaluator.many_pictures]
@@ -252,8 +252,42 @@ class Evaluator:
                 add(name, str(n if row["guidance"] == 1 else 2 * n), Scores(**few))
         for sampler in ("renoise", "euler"):
             scores = self.measure(net, anchors, sampler).scores
+            assert scores is not None
             add(f"student, {len(anchors)} steps, {sampler}", str(len(anchors)), scores)
         return COLUMNS, rows
+
+
+class PictureEvaluator:
+    """What `Evaluator` is for a teacher that the embedded score networks do not know: pictures, and no scores."""
+
+    def __init__(self, cfg: Config, adapter: Any, teacher: nn.Module):
+        self.cfg, self.adapter, e = cfg, adapter, cfg.eval
+        captions = default_names()
+        chosen = torch.linspace(0, len(captions) - 1, min(e.grid, len(captions))).long().tolist()
+        self.cond = adapter.encode_prompts([captions[i] for i in chosen])
+        self.shown = torch.arange(len(chosen))
+
+        def teacher_at(steps: int) -> Tensor:
+            return teacher_samples(
+                adapter, teacher, steps, e.teacher_guidance, e.teacher_shift, self.cond, TEACHER_SEED, 1
+            )
+
+        self.few_pictures, self.many_pictures = teacher_at(cfg.model.steps).cpu(), teacher_at(e.teacher_steps).cpu()
+
+    def measure(self, net: nn.Module, anchors: list[float], sampler: str = "renoise") -> Look:
+        """The student's pictures of the grid's prompts."""
+        return Look(None, student_samples(self.adapter, net, anchors, self.cond, STUDENT_SEED, sampler, 1).cpu())
+
+    def table(self, net: nn.Module, anchors: list[float]) -> tuple[list[str], list[list[str]]]:
+        """No rows: nothing here is scored."""
+        return COLUMNS, []
+
+
+def make_evaluator(cfg: Config, adapter: Any, teacher: nn.Module) -> Evaluator | PictureEvaluator:
+    """Scores and pictures for the embedded family, pictures alone for the others."""
+    if cfg.model.family == "embedded":
+        return Evaluator(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
+    return PictureEvaluator(cfg, adapter, teacher)
 
 
 def main(argv: list[str] | None = None) -> int:

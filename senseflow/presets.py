@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
+REAL: Any = dict(side=1024, dtype="bf16")  # 1024 px and bf16 arithmetic everywhere (paper.md 4)
+VIT_L = "facebook/dinov2-large"  # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5)
 RELEASED_TAPS = (-1, 2, 5, 8, 10, 14, 19, 23)  # DINOv2 ViT-L blocks; -1 is the patch embedding
 
 
@@ -38,6 +41,13 @@ def _released(name: str, **parts) -> Config:
     )  # fmt: skip
 
 
+def _vit_large(weight: float, omega: Any) -> Disc:
+    """The released discriminator (paper.md 1.5): DINOv2 ViT-L on whole images, its heads at full width."""
+    return Disc(
+        weight=weight, omega=omega, backbone=VIT_L, taps=RELEASED_TAPS, size=1022, width=0, downsample=3,
+    )  # fmt: skip
+
+
 def _train(iterations: int, gen_every: int, lr: float) -> Train:
     """One constant rate for all three networks: the released warm-up of 500 starts at its own end (paper.md 4)."""
     return Train(
@@ -60,13 +70,13 @@ def sd35_large() -> Config:
     """SD 3.5 Large (trainer_sd35_large_senseflow.py as read in paper.md 1.7; 27k iterations from paper.md 4)."""
     return _released(
         "sd35-large",
-        model=Model(family="sd35", shift=3.0),
+        model=Model(family="sd35", shift=3.0, **REAL),
         train=_train(27_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=3.0, guidance_max=10.0),
         fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=1.0, margin=50, guidance_min=5.0, guidance_max=5.0),
         ida=Ida(lam=0.97),
-        disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        disc=_vit_large(0.1, "released-sd35"),
         eval=_eval(50, 7.0, 3.0),
     )  # fmt: skip
 
@@ -75,13 +85,13 @@ def sd35_medium() -> Config:
     """SD 3.5 Medium (trainer_sd35_senseflow.py): not in the paper's tables; iterations as Large."""
     return _released(
         "sd35-medium",
-        model=Model(family="sd35", shift=3.0),
+        model=Model(family="sd35", shift=3.0, **REAL),
         train=_train(27_000, 10, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=2.0, guidance_max=8.0),
         fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=0.5, margin=50, guidance_min=2.0, guidance_max=4.0),
         ida=Ida(lam=0.98),
-        disc=Disc(weight=0.1, omega="released-sd35", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        disc=_vit_large(0.1, "released-sd35"),
         eval=_eval(50, 7.0, 3.0),
     )  # fmt: skip
 
@@ -90,13 +100,13 @@ def flux_dev() -> Config:
     """FLUX.1-dev (trainer_flux_senseflow.py): embedded guidance, logit-normal unshifted t; lr of the paper's text."""
     return _released(
         "flux-dev",
-        model=Model(family="flux", shift=1.15, shift_kind="exponential"),
+        model=Model(family="flux", shift=1.15, shift_kind="exponential", **REAL),
         train=_train(12_000, 5, 1e-5),
         dmd=Dmd(t_law="logit-normal", t_shift=False, guidance_min=1.0, guidance_max=8.0),
         fake=Fake(t_law="logit-normal", t_shift=False),
         isg=Isg(weight=1.0, margin=20, margin_space="sigma", guidance_min=1.0, guidance_max=8.0),
         ida=Ida(lam=0.97),
-        disc=Disc(weight=2.0, omega="paper", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        disc=_vit_large(2.0, "paper"),
         eval=_eval(50, 3.5, 1.15),
     )  # fmt: skip
 
@@ -105,13 +115,13 @@ def sdxl() -> Config:
     """SDXL (trainer_sdxl_senseflow.py): IDA off as released, uniform t for the fake, guidance 8 as DMD2."""
     return _released(
         "sdxl",
-        model=Model(family="sdxl", shift=1.0),
+        model=Model(family="sdxl", shift=1.0, **REAL),
         train=_train(18_000, 5, 1e-6),
         dmd=Dmd(t_law="uniform", guidance_min=8.0, guidance_max=8.0),
         fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),
-        disc=Disc(weight=0.5, omega="released-sdxl", taps=RELEASED_TAPS, size=1022, width=0, downsample=3),
+        disc=_vit_large(0.5, "released-sdxl"),
         eval=_eval(40, 5.0, 1.0),
     )  # fmt: skip
 

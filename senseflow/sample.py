@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
-from senseflow.config import UserError
+from senseflow.config import Model, UserError
 from senseflow.data.emoji import to_uint8
 from senseflow.draws import Draws
+from senseflow.flow import DiffusionSchedule
 from senseflow.models.adapter import Adapter, Condition
 from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae
+from senseflow.models.families import make_adapter
+from senseflow.models.loading import load_component, network_class
 
 SAMPLERS = ("renoise", "euler")
 
@@ -52,22 +55,32 @@ def student_samples(
     return torch.cat(pictures)
 
 
+def teacher_sigmas(schedule: Any, steps: int, shift: float) -> list[float]:
+    """Descending sigmas of a teacher's sampler, the last one 0: u = 1, ..., 1 / steps, shifted; for SDXL's schedule,
+    which has no shift, timesteps 1000 j / steps - 1."""
+    if isinstance(schedule, DiffusionSchedule):
+        u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps - 1 / 1000
+        return [*schedule.sigma(u).tolist(), 0.0]
+    return dataclasses.replace(schedule, shift=shift).sigma(torch.linspace(1, 0, steps + 1).double()).tolist()
+
+
 @torch.no_grad()
 def teacher_samples(
     adapter: Any, net: nn.Module, steps: int, guidance: float, shift: float, cond: Condition,
     seed: int = 0, batch: int = 64, progress: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Pictures fp32 [N, 3, H, W] of N prompts: `steps` Euler steps at the given shift, two calls each if guided."""
+    """Pictures fp32 [N, 3, H, W] of N prompts: `steps` Euler (DDIM) steps at the given shift; two calls each if guided,
+    one where the network embeds its guidance."""
     draws = Draws(seed)
-    sigmas = dataclasses.replace(adapter.schedule, shift=shift).sigma(torch.linspace(1, 0, steps + 1).double())
+    sigmas = teacher_sigmas(adapter.schedule, steps, shift)
     pictures = []
     device = cond.embeds.device
     for part, ids in _batches(cond, torch.arange(len(cond), device=device), batch):
         noise = draws.normal(0, ids, "sample0", adapter.latent_shape)
-        guided = guidance != 1
-        w = torch.full((len(ids),), guidance, device=device) if guided else None
-        uncond = adapter.uncond(len(ids)) if guided else None
-        x0 = sample_euler(adapter, net, noise, sigmas.tolist(), part, w, uncond)
+        uncond = adapter.uncond(len(ids)) if guidance != 1 else None
+        embedded = bool(getattr(getattr(net, "config", None), "guidance_embeds", False))
+        w = torch.full((len(ids),), guidance, device=device) if uncond is not None or embedded else None
+        x0 = sample_euler(adapter, net, noise, sigmas, part, w, uncond)
         pictures.append(adapter.decode(x0).float())
         if progress:
             progress(len(ids))
@@ -95,21 +108,33 @@ def save_png(picture: Tensor, path: Path) -> None:
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
-def load_student(run: Path) -> tuple[EmbeddedAdapter, nn.Module, dict[str, Any]]:
-    """(adapter, network, record) of a run folder or of its `student` folder. Raises UserError when incomplete."""
+def load_student(run: Path, source: str = "") -> tuple[Any, nn.Module, dict[str, Any]]:
+    """(adapter, network, record) of a run folder or of its `student` folder; text encoders and VAE come from the
+    teacher that the record names, or from `source`. Raises UserError when something is missing."""
     folder = run / "student" if (run / "student").is_dir() else run
     record_file = folder / "senseflow.json"
     if not record_file.is_file():
         raise UserError(f"{run} holds no student (no {record_file.name}): give the folder of a run")
     record = json.loads(record_file.read_text())
-    adapter = EmbeddedAdapter(record["shift"], record["shift_kind"], vae=load_vae(folder))
-    return adapter, load_transformer(folder), record
+    known = {k: v for k, v in record.get("model", {}).items() if k in {f.name for f in dataclasses.fields(Model)}}
+    model = Model(**{"shift": record["shift"], "shift_kind": record["shift_kind"], **known})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model.family == "embedded":
+        adapter = EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(folder, device), folder)
+        return adapter, load_transformer(folder, device), record
+    adapter = make_adapter(model, device, source)
+    return (
+        adapter,
+        load_component(network_class(folder / adapter.network), folder, adapter.network, adapter.dtype, device),
+        record,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: writes one PNG per prompt and a sheet, prints where they are."""
     parser = argparse.ArgumentParser(prog="python -m senseflow.sample", description=__doc__)
     parser.add_argument("--student", type=Path, required=True, help="run folder")
+    parser.add_argument("--teacher", default="", help="its folder or hub id, where it is not where it was in training")
     parser.add_argument("--prompts", nargs="+", required=True, help="one picture each")
     parser.add_argument("--steps", type=int, choices=(1, 2, 4, 8), help="default: as trained")
     parser.add_argument("--sampler", choices=SAMPLERS, default="renoise")
@@ -117,12 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder; default STUDENT/samples")
     args = parser.parse_args(argv)
     try:
-        adapter, net, record = load_student(args.student)
+        adapter, net, record = load_student(args.student, args.teacher)
         steps = args.steps or len(record["anchors"])
         same = steps == len(record["anchors"])
         anchors = record["anchors"] if same else adapter.schedule.anchors(steps)
         cond = adapter.encode_prompts(args.prompts)
-        pictures = student_samples(adapter, net, anchors, cond, args.seed, args.sampler)
+        pictures = student_samples(adapter, net, anchors, cond, args.seed, args.sampler).cpu()
     except UserError as error:
         print(f"senseflow.sample: {error}", file=sys.stderr)
         return 2

@@ -25,11 +25,12 @@ from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import Evaluator
+from senseflow.evaluate import make_evaluator
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
-from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
-from senseflow.models.vfm import load_dinov2_small
+from senseflow.models.adapter import Condition
+from senseflow.models.families import DTYPES, make_adapter
+from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
     Parts,
@@ -47,40 +48,40 @@ from senseflow.updates import Updates
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
 
-def build_discriminator(cfg: Config, student: Any, device: torch.device):
-    """(heads, frozen backbone): by disc.kind; (None, None) without a discriminator."""
+def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condition, device: torch.device):
+    """(heads, frozen backbone): by disc.kind; (None, None) without a discriminator. cond: any one prompt."""
     if cfg.disc.kind == "none":
         return None, None
-    text_dim = student.config.pooled_projection_dim
     if cfg.disc.kind == "fake_features":
-        width = student.config.num_attention_heads * student.config.attention_head_dim
+        with torch.no_grad():
+            x = torch.zeros(1, *adapter.latent_shape, device=device)
+            width = adapter.features(fake, x, torch.ones(1, device=device), cond).shape[2]
         return FakeFeatureDiscriminator(width).to(device), None
-    vfm = load_dinov2_small().to(device)
-    vfm.requires_grad_(False)
-    dims = [vfm.dims[0]] * len(cfg.disc.taps)
+    vfm = find_dinov2(cfg.disc.backbone).to(device)
+    deepest, depth = max(cfg.disc.taps), len(vfm.blocks)
+    if deepest >= depth:
+        raise UserError(
+            f"disc.taps = {cfg.disc.taps!r}: this backbone has {depth} blocks, allowed is -1 to {depth - 1}"
+        )
+    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), cond.pooled.shape[1]
     heads = VFMDiscriminator(dims, text_dim, cmap=cfg.disc.cmap, width=cfg.disc.width, downsample=cfg.disc.downsample)
     return heads.to(device), vfm
 
 
 def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
-    if cfg.model.family != "embedded":
-        raise UserError(f"model.family = {cfg.model.family!r} has no adapter yet: allowed here is 'embedded'")
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
-    folder = teacher_folder(cfg.model.teacher)
-    teacher = load_transformer(folder, device).requires_grad_(False)
-    images = load_variants()
-    adapter = EmbeddedAdapter(cfg.model.shift, cfg.model.shift_kind, str(device), load_vae(folder, device))
+    adapter = make_adapter(cfg.model, device)
+    teacher = adapter.load_network(DTYPES[cfg.model.dtype])
+    student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+    images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
-    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    for net in (student, fake):
-        net.requires_grad_(True)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
-    disc, vfm = build_discriminator(cfg, student, device)
+    disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)
     anchors = adapter.schedule.anchors(cfg.model.steps, cfg.model.anchors == "released")
     parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed))
     if cfg.isg.midpoint == "adaptive":
@@ -227,7 +228,8 @@ def train(args: Arguments) -> int:
     (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
     if parts.curve is not None:
         save_curve(parts.curve, parts.anchors, out)
-    evaluator = Evaluator(cfg, parts.adapter, parts.teacher, teacher_folder(cfg.model.teacher))
+    evaluator = make_evaluator(cfg, parts.adapter, parts.teacher)
+    parts.adapter.free_text()
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()
     profiler = Profiler(args.profile, out, total, cfg.train.gen_every)
@@ -285,7 +287,7 @@ def train(args: Arguments) -> int:
     return 0
 
 
-def final_table(log: RunLog, evaluator: Evaluator, parts: Parts, updates: Updates, out: Path):
+def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path):
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
     columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
     print_table("lower KID and FD are better", columns, rows)

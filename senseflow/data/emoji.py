@@ -85,17 +85,17 @@ def load_emoji(names: list[str] | None = None, size: int = 32) -> EmojiSet:
     return EmojiSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), list(names))
 
 
-VARIANT_SIZES = (28, 32)  # pixels of the picture in the middle of the 32-pixel canvas
+VARIANT_SIZES = (28, 32)  # pixels of the picture in the middle of a 32-pixel canvas; larger ones in proportion
 
 
 def load_variants(names: list[str] | None = None, canvas: int = 32) -> EmojiSet:
-    """The pictures at both sizes of VARIANT_SIZES, each as it is and mirrored: uint8 [N, 4, 3, 32, 32].
+    """The pictures at both sizes of VARIANT_SIZES, each as it is and mirrored: uint8 [N, 4, 3, canvas, canvas].
 
     A caption alone then leaves open how large its picture is and which way it looks: what a teacher learns is a
     distribution with four modes and not one picture per caption, which a few Euler steps blur.
     """
     placed = []
-    for size in VARIANT_SIZES:
+    for size in (canvas * side // 32 for side in VARIANT_SIZES):
         plain = load_emoji(names, size)
         margin = (canvas - size) // 2
         white = torch.full((len(plain), 3, canvas, canvas), 255, dtype=torch.uint8)

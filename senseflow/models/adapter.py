@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +39,20 @@ class Adapter(Protocol):
     schedule: Any  # flow.FlowSchedule or flow.DiffusionSchedule
     latent_shape: tuple[int, ...]
     parameterization: str  # "flow": predicts v = eps - x0; "epsilon": predicts eps
+    network: str  # the subfolder of a diffusers pipeline that holds the distilled network
+    vae: Any  # a frozen AutoencoderKL, or None: latents are pixels
+
+    def load_network(self, dtype: torch.dtype) -> nn.Module:
+        """The teacher, frozen, in dtype."""
+        ...
+
+    def student_of(self, teacher: nn.Module) -> nn.Module:
+        """What student and fake start from: a trainable copy of the teacher, in fp32."""
+        ...
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        """What is sharded, compiled or checkpointed by itself, in the order of the forward."""
+        ...
 
     def predict(
         self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
@@ -63,6 +78,15 @@ class Adapter(Protocol):
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition: ...
+
+    def free_text(self) -> None:
+        """Drops the text encoders from memory."""
+        ...
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast of x's device to a half dtype, in which a network with fp32 weights computes; nothing for fp32."""
+    return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,8 +84,13 @@ class EmbeddedAdapter:
     """
 
     parameterization: str = "flow"
+    network = "transformer"
 
-    def __init__(self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu", vae: Any = None):
+    def __init__(
+        self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu", vae: Any = None,
+        folder: Path = EMBEDDED_FOLDER,
+    ):  # fmt: skip
+        self.folder = folder
         self.schedule = FlowSchedule(shift=shift, kind=kind)
         self.vae = vae
         self.latent_shape: tuple[int, ...] = (3, 32, 32)
@@ -92,6 +98,21 @@ class EmbeddedAdapter:
             side = 32 // autoencoder.downsampling(vae)
             self.latent_shape = (vae.config.latent_channels, side, side)
         self.device = torch.device(device)
+
+    def load_network(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """The transformer of the folder, frozen."""
+        return load_transformer(self.folder, self.device).to(dtype).requires_grad_(False)
+
+    def student_of(self, teacher: torch.nn.Module) -> torch.nn.Module:
+        """A trainable copy of the teacher, in fp32."""
+        return copy.deepcopy(teacher).float().requires_grad_(True)
+
+    def blocks(self, net: Any) -> list[torch.nn.Module]:
+        """What is sharded, compiled or checkpointed by itself."""
+        return list(net.transformer_blocks)
+
+    def free_text(self) -> None:
+        """The text encoder is loaded for each call alone: nothing to drop."""
 
     def predict(
         self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None

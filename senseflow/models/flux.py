@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, middle_tokens
+from senseflow.models.adapter import Condition, in_dtype, middle_tokens
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -60,14 +60,12 @@ class FluxAdapter:
         return load_component(FluxTransformer2DModel, self.source, "transformer", dtype, self.device)
 
     def student_of(self, teacher: Any) -> nn.Module:
-        """A trainable copy of the teacher without the guidance embedding."""
+        """A trainable copy of the teacher, in fp32, without the guidance embedding."""
         from diffusers import FluxTransformer2DModel
 
         config = {**teacher.config, "guidance_embeds": False}
-        p = next(teacher.parameters())
-        with torch.device(p.device):
+        with torch.device(self.device):
             net: Any = FluxTransformer2DModel.from_config(config)  # pyright: ignore[reportAssignmentType]
-        net = net.to(p.dtype)
         kept = {k: v for k, v in teacher.state_dict().items() if ".guidance_embedder." not in k}
         net.load_state_dict(kept)
         return net.eval().requires_grad_(True)
@@ -86,12 +84,13 @@ class FluxAdapter:
             guidance = None
         elif guidance is None:
             raise ValueError("this FLUX network embeds its guidance, and none was given")
-        tokens = net(
-            hidden_states=pack(x), timestep=sigma, guidance=guidance, pooled_projections=cond.pooled,
-            encoder_hidden_states=cond.embeds, txt_ids=self._text_ids(cond.embeds), img_ids=self._image_ids(h, w, x),
-            return_dict=False,
-        )[0]  # fmt: skip
-        return unpack(tokens, h, w)
+        with in_dtype(x, self.dtype):
+            tokens = net(
+                hidden_states=pack(x).to(self.dtype), timestep=sigma, guidance=guidance, return_dict=False,
+                pooled_projections=cond.pooled, encoder_hidden_states=cond.embeds,
+                txt_ids=self._text_ids(cond.embeds), img_ids=self._image_ids(h, w, x),
+            )[0]  # fmt: skip
+        return unpack(tokens, h, w).to(x.dtype)
 
     @staticmethod
     def _text_ids(embeds: Tensor) -> Tensor:

@@ -122,3 +122,16 @@ def load_pipeline_shell(cls: Any, source: str | Path, dtype: torch.dtype, withou
         return cls.from_pretrained(source, local_files_only=is_local(source), **{dtype_argument(): dtype}, **empty)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: text encoders do not load: {first_line(error)}") from None
+
+
+def network_class(folder: Path) -> Any:
+    """The diffusers class that a component folder's config.json names. Raises UserError where there is none."""
+    import diffusers
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} lacks config.json")
+    name = json.loads(file.read_text()).get("_class_name", "")
+    if not hasattr(diffusers, name or " "):
+        raise UserError(f"{file} names the class {name!r}, which this diffusers {diffusers.__version__} has not")
+    return getattr(diffusers, name)

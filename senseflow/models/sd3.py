@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, middle_tokens
+from senseflow.models.adapter import Condition, in_dtype, middle_tokens
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -48,10 +49,8 @@ class SD3Adapter:
         return load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
 
     def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher."""
-        import copy
-
-        return copy.deepcopy(teacher).requires_grad_(True)
+        """A trainable copy of the teacher, in fp32."""
+        return copy.deepcopy(teacher).float().requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
@@ -59,10 +58,11 @@ class SD3Adapter:
 
     def predict(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None) -> Tensor:
         """Velocity [B, 16, H, W]; the network knows no guidance of its own."""
-        return net(
-            hidden_states=x, timestep=self.schedule.timestep(sigma), encoder_hidden_states=cond.embeds,
-            pooled_projections=cond.pooled, return_dict=False,
-        )[0]  # fmt: skip
+        with in_dtype(x, self.dtype):
+            return net(
+                hidden_states=x.to(self.dtype), timestep=self.schedule.timestep(sigma), return_dict=False,
+                encoder_hidden_states=cond.embeds, pooled_projections=cond.pooled,
+            )[0].to(x.dtype)  # fmt: skip
 
     def features(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Image tokens [B, T, D] after the middle block, which returns (text tokens, image tokens)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import DiffusionSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition
+from senseflow.models.adapter import Condition, in_dtype
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -48,8 +48,8 @@ class SDXLAdapter:
         return load_component(UNet2DConditionModel, self.source, "unet", dtype, self.device)
 
     def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher."""
-        return copy.deepcopy(teacher).requires_grad_(True)
+        """A trainable copy of the teacher, in fp32."""
+        return copy.deepcopy(teacher).float().requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
@@ -63,10 +63,12 @@ class SDXLAdapter:
 
     def predict(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None) -> Tensor:
         """eps [B, 4, H, W]; the network knows no guidance of its own."""
-        return net(
-            sample=x, timestep=self.schedule.timestep(sigma), encoder_hidden_states=cond.embeds,
-            added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": self._time_ids(x)}, return_dict=False,
-        )[0]  # fmt: skip
+        with in_dtype(x, self.dtype):
+            return net(
+                sample=x.to(self.dtype), timestep=self.schedule.timestep(sigma), return_dict=False,
+                encoder_hidden_states=cond.embeds,
+                added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": self._time_ids(x)},
+            )[0].to(x.dtype)  # fmt: skip
 
     def features(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """The middle block's output as tokens [B, H W / 16, 1280]: what DMD2's classifier reads."""

@@ -121,6 +121,25 @@ def load_dinov2_small() -> DinoV2:
     return _from_state(_read_onnx(path), prefix="backbone.")
 
 
+def find_dinov2(name: str) -> DinoV2:
+    """The backbone of disc.backbone: '' is the embedded ViT-S/14; else a folder, a file, or a hub id such as
+    `facebook/dinov2-large`, whose local cache is looked at first. Raises UserError when it is not to be had."""
+    if not name:
+        return load_dinov2_small()
+    if Path(name).exists() or name.count("/") != 1:
+        return load_dinov2(name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from senseflow.config import UserError
+
+    try:
+        return load_dinov2(hf_hub_download(name, "model.safetensors"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"disc.backbone = {name!r} cannot be had ({reason}): give a local folder") from None
+
+
 def load_dinov2(path: str | Path) -> DinoV2:
     """A DINOv2 from a Hugging Face folder or `model.safetensors` (Dinov2Model), fp32, CPU.
 

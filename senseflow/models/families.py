@@ -1,0 +1,61 @@
+"""The teacher families by name. Adding one: a file with its Adapter, a row here and a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senseflow.config import Model, UserError
+from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _embedded(model: Model, source: str, device: torch.device) -> Any:
+    folder = teacher_folder(source)
+    return EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(folder, device), folder)
+
+
+def _sd3(model: Model, source: str, device: torch.device) -> Any:
+    from senseflow.models.sd3 import SD3Adapter
+
+    return SD3Adapter(source, model.side, model.shift, model.text_length or 256, compute(model, device), device)
+
+
+def _flux(model: Model, source: str, device: torch.device) -> Any:
+    from senseflow.models.flux import FluxAdapter
+
+    return FluxAdapter(source, model.side, model.shift, model.text_length or 512, compute(model, device), device)
+
+
+def _sdxl(model: Model, source: str, device: torch.device) -> Any:
+    from senseflow.models.sdxl import SDXLAdapter
+
+    return SDXLAdapter(source, model.side, compute(model, device), device)
+
+
+FAMILIES: dict[str, Callable[[Model, str, torch.device], Any]] = {
+    "embedded": _embedded, "sd35": _sd3, "flux": _flux, "sdxl": _sdxl,
+}  # fmt: skip
+
+
+def compute(model: Model, device: torch.device) -> torch.dtype:
+    """The dtype of frozen networks and of the arithmetic inside the trained ones."""
+    del device
+    return DTYPES[model.dtype]
+
+
+def make_adapter(model: Model, device: torch.device, source: str | Path = "") -> Any:
+    """The adapter of a family, its VAE loaded, from `source` or else model.teacher.
+
+    Raises UserError when no teacher is named, or a file is missing or does not load.
+    """
+    where = str(source) or model.teacher
+    if not where and model.family != "embedded":
+        raise UserError(
+            f"model.teacher = '': family {model.family!r} needs a diffusers folder or a hub id: --teacher PATH"
+        )
+    return FAMILIES[model.family](model, where, device)
