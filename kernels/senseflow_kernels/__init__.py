@@ -5,6 +5,12 @@ CUDA tensors run fused Triton kernels, CPU tensors the same formulas in torch; s
 
 from senseflow_kernels._bf16 import join_fp32, split_fp32
 from senseflow_kernels._launch import Unavailable, is_available, launches, reason_against, strict, torch_path
+from senseflow_kernels.attention import (
+    attention_backend,
+    available_backends,
+    joint_attention,
+    set_attention_backend,
+)
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
 from senseflow_kernels.lerp import Lerp, lerp_
@@ -17,15 +23,19 @@ __all__ = [
     "Lerp",
     "ScoreGradient",
     "Unavailable",
+    "attention_backend",
+    "available_backends",
     "dmd_loss",
     "hinge_discriminator",
     "hinge_generator",
     "is_available",
     "join_fp32",
+    "joint_attention",
     "launches",
     "lerp_",
     "reason_against",
     "score_gradient",
+    "set_attention_backend",
     "split_fp32",
     "strict",
     "torch_path",
