@@ -8,6 +8,12 @@ from senseflow_kernels._launch import Unavailable, is_available, launches, reaso
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
 from senseflow_kernels.lerp import Lerp, lerp_
+from senseflow_kernels.modulate import (
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    layer_norm_modulate,
+    layer_norm_modulate2,
+)
 from senseflow_kernels.score import DMDLoss, ScoreGradient, dmd_loss, score_gradient
 
 __all__ = [
@@ -18,11 +24,15 @@ __all__ = [
     "ScoreGradient",
     "Unavailable",
     "dmd_loss",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
     "hinge_discriminator",
     "hinge_generator",
     "is_available",
     "join_fp32",
     "launches",
+    "layer_norm_modulate",
+    "layer_norm_modulate2",
     "lerp_",
     "reason_against",
     "score_gradient",
