@@ -14,6 +14,12 @@ from senseflow_kernels.attention import (
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
 from senseflow_kernels.lerp import Lerp, lerp_
+from senseflow_kernels.modulate import (
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    layer_norm_modulate,
+    layer_norm_modulate2,
+)
 from senseflow_kernels.score import DMDLoss, ScoreGradient, dmd_loss, score_gradient
 
 __all__ = [
@@ -26,12 +32,16 @@ __all__ = [
     "attention_backend",
     "available_backends",
     "dmd_loss",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
     "hinge_discriminator",
     "hinge_generator",
     "is_available",
     "join_fp32",
     "joint_attention",
     "launches",
+    "layer_norm_modulate",
+    "layer_norm_modulate2",
     "lerp_",
     "reason_against",
     "score_gradient",
