@@ -109,13 +109,13 @@ def _listed(against: dict[str, Reason]) -> str:
     return "; ".join(f"{name}: {reason.text}" for name, reason in against.items())
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"attention backend {name!r} is unknown: allowed is auto, {', '.join(BACKENDS)}")
     return name
 
 
-_known(_forced)
+known(_forced)
 
 
 # -- the backends --------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def set_attention_backend(name: str) -> None:
     """
     global _forced
     missing = {other: found for other in PACKAGES if isinstance(found := package(other), Reason)}
-    if _known(name) in missing:
+    if known(name) in missing:
         here = ", ".join(["auto", *(other for other in BACKENDS if other not in missing)])
         raise Unavailable(f"attention backend {name!r} cannot run: {missing[name].text}; allowed: {here}")
     _forced = name
@@ -235,7 +235,7 @@ def joint_attention(
         mask = mask.to(q.dtype)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     name = _choose(
-        _forced if backend is None else _known(backend), q.device, q.dtype,
+        _forced if backend is None else known(backend), q.device, q.dtype,
         *_shape_class(q.shape[1], k.shape[1], q.shape[2], q.shape[3]), mask is not None, grad,
         torch.compiler.is_compiling(),
     )  # fmt: skip
