@@ -87,7 +87,8 @@ def torch_path() -> Iterator[None]:
 def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64).
 
-    limit: a reason of the op's own against it. Where it does not, says once which path runs and why; under strict raises Unavailable.
+    limit: a reason of the op's own against it. Where it does not, says once which path runs and why; under strict
+    raises Unavailable.
     """
     present = [t for t in tensors if t is not None]
     reason = reason_against(present[0].device)

@@ -4,14 +4,15 @@
 
 with gate, scale and shift per sample. x_new is rounded once, to x's dtype, and y is computed from what is stored: the
 backward, which reads x_new, mean and rstd back, then differentiates the very numbers of the forward, and the fused
-form computes what `gate_residual` followed by `layer_norm_modulate` does. Saved are what was normalised, the branches where
-a gate has a gradient, 8 bytes a token, and the [B, D] vectors. On a GPU the forward is one launch, the backward two:
-rows, which leave fp32 partial column sums, and their sum, in an order that the shape alone decides.
+form computes what `gate_residual` followed by `layer_norm_modulate` does. Saved are what was normalised, 8 bytes a
+token, the [B, D] vectors, and the branches where a gate has a gradient. On a GPU the forward is one launch, the
+backward two: rows, which leave fp32 partial column sums, and their sum, in an order that the shape alone decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -119,10 +120,10 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, some: int, outputs: int, x: Tensor, *tensors: Tensor):
         ends = (0, some, 2 * some, 2 * some + outputs, 2 * (some + outputs))
-        ctx.groups = tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
-        groups = [tensors[part] for part in ctx.groups]
-        out = _adaln.forward(x, *groups, eps)
-        _save(ctx, [[x], *groups], out, any(ctx.needs_input_grad[4:][ctx.groups[0]]))
+        ctx.groups = tuple(slice(a, b) for a, b in pairwise(ends))
+        gates, branches, scales, shifts = (tensors[part] for part in ctx.groups)
+        out = _adaln.forward(x, gates, branches, scales, shifts, eps)
+        _save(ctx, [[x], gates, branches, scales, shifts], out, any(ctx.needs_input_grad[4:][ctx.groups[0]]))
         if outputs:
             ctx.mark_non_differentiable(out[-1])
         return tuple(out)
@@ -133,7 +134,7 @@ class _Modulate(torch.autograd.Function):
         need = [any(ctx.needs_input_grad[4:][part]) for part in ctx.groups]
         needs = (ctx.needs_input_grad[3], need[0], need[1], need[2] or need[3])
         dx, *parts = _gradients(ctx, _adaln.backward, grads, *needs)
-        flat = [g if n else None for g, n in zip(sum(parts, []), ctx.needs_input_grad[4:], strict=True)]
+        flat = [g if n else None for g, n in zip(chain(*parts), ctx.needs_input_grad[4:], strict=True)]
         return None, None, None, dx, *flat
 
 

@@ -1,4 +1,4 @@
-"""The adaLN family: every kernel really launched (interpreter, or the GPU), against fp64, diffusers and the reference."""
+"""The adaLN family, every kernel really launched (interpreter, or the GPU): against fp64, diffusers, the torch path."""
 
 import logging
 from itertools import pairwise
@@ -181,7 +181,7 @@ def test_against_diffusers(path, device):
     """SD 3.5's dual norm and the final norm as diffusers has them, values and the gradients of x and embedding."""
     from diffusers.models.normalization import AdaLayerNormContinuous, SD35AdaLayerNormZeroX
 
-    x = torch.randn(2, 5, 64, device=device, requires_grad=True)
+    x = torch.randn(2, 4, 64, device=device, requires_grad=True)
     emb = torch.randn(2, 64, device=device, requires_grad=True)
     dual = SD35AdaLayerNormZeroX(64).to(device)
     final = AdaLayerNormContinuous(64, 64, elementwise_affine=False, eps=1e-6).to(device)
@@ -213,7 +213,7 @@ SUBSETS = [
 @pytest.mark.parametrize("form, names, launched", SUBSETS)
 def test_only_what_needs_a_gradient(form, names, launched, device):
     """The same values as with all gradients, without the launches and partials of those nobody wants."""
-    groups = inputs(form, (2, 6, 64), BF16, device=device)
+    groups = inputs(form, (1, 5, 64), BF16, device=device)
     _, want = gradients(call(form, groups), groups)
     keep = [name in names.split() for name in ("x", "gates", "branches", "scales", "shifts")]
     some = [[t.detach().requires_grad_(k) for t in group] for group, k in zip(groups, keep, strict=True)]
@@ -229,7 +229,7 @@ def test_only_what_needs_a_gradient(form, names, launched, device):
 
 @pytest.mark.parametrize("form, used", [("gate+modulate", 0), ("gate+modulate", 1), ("modulate2", 0), ("modulate2", 1)])
 def test_an_output_nobody_uses(form, used, device):
-    groups = inputs(form, (2, 6, 64), device=device)
+    groups = inputs(form, (1, 3, 64), device=device)
     out = call(form, groups)
     zero = [torch.zeros_like(o) for o in out]
     zero[used] = torch.randn_like(out[used])
@@ -266,10 +266,10 @@ def test_a_second_derivative_of_the_kernels_is_an_error(device):
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["modulate2", "gate", "gate+modulate"])
 def test_opcheck_and_compile(form, device):
     """The registered op under torch's own checks; compiled without a graph break it gives the eager bits."""
-    groups = inputs(form, (2, 5, 24), BF16, FP32, device)
+    groups = inputs(form, (1, 2, 16), FP32, BF16, device)
     torch.library.opcheck(_op, (groups[0][0], *groups[1:], 1e-6))
     out = call(form, groups)
     compiled = torch.compile(lambda groups: call(form, groups), fullgraph=True, backend="aot_eager")(groups)
@@ -319,9 +319,9 @@ def test_bad_arguments_are_named():
 SPECIAL = [0.0, float("inf"), float("-inf"), float("nan")]
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
-    data=st.data(), form=st.sampled_from(list(FORMS)), batch=st.integers(1, 3), tokens=st.integers(1, 6),
+    data=st.data(), form=st.sampled_from(list(FORMS)), batch=st.integers(1, 2), tokens=st.integers(1, 5),
     columns=st.integers(8, 40), x=st.sampled_from([FP32, BF16, FP16]), vectors=st.sampled_from([FP32, None]),
 )  # fmt: skip
 def test_any_input_like_the_torch_path(data, form, batch, tokens, columns, x, vectors):
