@@ -1,8 +1,8 @@
 """Queries, keys and values of joint attention: RMSNorm of q and k, RoPE, both streams in one sequence.
 
-With x a head's row of D values, w its stream's weight and (c, s) the token's row of the RoPE table:
+With x a head's row of D values, w its stream's weight and c, s the token's rows of the RoPE table:
 
-    y = w x / sqrt(mean(x^2) + eps),   out[2i] = c[2i] y[2i] - s[2i] y[2i+1],   out[2i+1] = c[2i+1] y[2i+1] + s[2i+1] y[2i]
+    y = w x / sqrt(mean(x^2) + eps),   out = c y + s turned(y),   turned(y)[2i] = -y[2i+1],  turned(y)[2i+1] = y[2i]
 
 One launch reads q, k and v of every stream (views of a GEMM's packed output) and writes [B, N, heads, D]. The backward
 is one more, which writes d(q, k, v) into one packed buffer a stream, and a small one where a weight wants its gradient.
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from senseflow_kernels._launch import INTERPRET, blocks_of, fused, jit, launch, power_of_2, rounded, tl
+from senseflow_kernels._launch import fused
+from senseflow_kernels._qk_norm_rope import launch_backward, launch_forward, spread
 
 Rope = tuple[Tensor, Tensor]
 
@@ -129,213 +130,149 @@ def joint_qkv_reference(
     return q, k, joined([v for _, _, v in views])
 
 
-# -- kernels -------------------------------------------------------------------------------------------------------
-
-PROGRAMS = 2048  # of a backward with weight gradients, about: each writes one row of them
+# -- registration --------------------------------------------------------------------------------------------------
 
 
-@jit
-def _row(ptr, offset, D: tl.constexpr, WIDTH: tl.constexpr):
-    """fp32 [1, WIDTH]: row `offset` of a [*, D] table; zero beyond D. None of None, as the next one."""
-    row = ptr
-    if ptr is not None:
-        column = tl.arange(0, WIDTH)[None, :]
-        row = tl.load(ptr + offset * D + column, column < D, other=0.0).to(tl.float32)
-    return row
+def _views(tensors: Sequence[Tensor], parts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Per stream (q, k, v), or (q, k) where v passes by."""
+    rest = iter(tensors)
+    return [next(rest).chunk(3, -1) if n == 1 else tuple(next(rest) for _ in range(n)) for n in parts]
 
 
-@jit
-def _tile(ptr, at, mask):
-    tile = ptr
-    if ptr is not None:
-        tile = tl.load(ptr + at, mask, other=0.0)
-    return tile
+def _needs(of_tensors: Sequence[bool], of_weights: Sequence[bool], parts: Sequence[int], norms: Sequence[bool]):
+    """What launch_backward is told: a stream that any of its tensors needs, a weight that is there and needed."""
+    tensors, weights = iter(of_tensors), iter(of_weights)
+    return [any([next(tensors) for _ in range(n)]) for n in parts] + [norm and next(weights) for norm in norms]
 
 
-@jit
-def _pairs(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(even, odd) columns. From a flat tile, that loads and stores stay 128 bits wide; a [..., 2] tile has 32."""
-    return tl.split(tile.reshape(ROWS, WIDTH // 2, 2))
+def _gradients(found: Sequence[Tensor], needs: Sequence[bool], parts: Sequence[int], norms: Sequence[bool]):
+    """(of tensors, of weights) in the inputs' order, None where not needed."""
+    by_need = spread(found, needs)
+    tensors: list[Tensor | None] = []
+    for n, packed in zip(parts, by_need, strict=False):
+        tensors += [packed] if n == 1 else [None] * n if packed is None else packed.chunk(n, -1)
+    return tensors, [g for g, norm in zip(by_need[len(parts) :], norms, strict=True) if norm]
 
 
-@jit
-def _rotate(tile, cos, sin, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """RoPE of a [ROWS, WIDTH] tile by one token's [1, WIDTH] row, or its transpose."""
-    even, odd = _pairs(tile, ROWS, WIDTH)
-    c0, c1 = _pairs(cos, 1, WIDTH)
-    s0, s1 = _pairs(sin, 1, WIDTH)
-    if TRANSPOSED:
-        pair = tl.join(even * c0 + odd * s1, odd * c1 - even * s0)
+def _normed(views: Sequence[tuple[Tensor, ...]], norms: Sequence[bool]) -> list[Tensor]:
+    """The pre-norm q and k that the backward reads."""
+    return [t for t, norm in zip((t for stream in views for t in stream[:2]), norms, strict=True) if norm]
+
+
+class _JointQKV(torch.autograd.Function):
+    """The eager path: no dispatcher between Python and the launch. flat: tensors, then weights."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, rope: Sequence[Tensor], *flat: Tensor):
+        tensors, weights = flat[: sum(call.parts)], flat[sum(call.parts) :]
+        views = _views(tensors, call.parts)
+        outs = launch_forward(views, weights, rope, call.norms, call.heads, call.eps, len(views) > 1)
+        if call.parts[0] == 1 == len(views):
+            outs.append(views[0][2].unflatten(-1, (call.heads, -1)))
+        xs = _normed(views, call.norms)
+        ctx.save_for_backward(*xs, *weights, *rope)
+        ctx.call, ctx.counts = call, [stream[0].shape[1] for stream in views]
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        _, norms, heads, eps = call = ctx.call
+        n, saved = sum(norms), ctx.saved_tensors
+        xs, weights, rope = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        wanted = ctx.needs_input_grad[2:]
+        needs = _needs(wanted[: sum(call.parts)], wanted[sum(call.parts) :], call.parts, norms)
+        found = launch_backward(grads, xs, weights, rope, ctx.counts, norms, heads, eps, needs)
+        of_tensors, of_weights = _gradients(found, needs, call.parts, norms)
+        return None, None, *of_tensors, *of_weights
+
+
+@torch.library.custom_op("senseflow::joint_qkv", mutates_args=())
+def _op(
+    tensors: Sequence[Tensor], weights: Sequence[Tensor], rope: Sequence[Tensor], parts: Sequence[int],
+    norms: Sequence[bool], heads: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    return launch_forward(_views(tensors, parts), weights, rope, norms, heads, eps, parts[0] != 2)
+
+
+@_op.register_fake
+def _(tensors, weights, rope, parts, norms, heads, eps):
+    views = _views(tensors, parts)
+    batch, _, width = views[0][0].shape
+    shape = (batch, sum(stream[0].shape[1] for stream in views), heads, width // heads)
+    return [tensors[0].new_empty(shape) for _ in range(2 if parts[0] == 2 else 3)]
+
+
+@torch.library.custom_op("senseflow::joint_qkv_backward", mutates_args=())
+def _op_backward(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], rope: Sequence[Tensor],
+    counts: Sequence[int], norms: Sequence[bool], heads: int, eps: float, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    return launch_backward(grads, xs, weights, rope, counts, norms, heads, eps, needs)
+
+
+@_op_backward.register_fake
+def _(grads, xs, weights, rope, counts, norms, heads, eps, needs):
+    batch, _, _, head_dim = grads[0].shape
+    width = len(grads) * heads * head_dim
+    outs = [grads[0].new_empty(batch, n, width) for n, need in zip(counts, needs, strict=False) if need]
+    of_weights = zip(spread(weights, norms), needs[len(counts) :], strict=True)
+    return outs + [torch.empty_like(w) for w, need in of_weights if need and w is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    tensors, weights, rope, parts, norms, heads, eps = inputs
+    views = _views(tensors, parts)
+    ctx.save_for_backward(*_normed(views, norms), *weights, *rope)
+    ctx.call, ctx.counts = Call(tuple(parts), tuple(norms), heads, eps), [stream[0].shape[1] for stream in views]
+
+
+def _op_autograd(ctx: Any, grads: Sequence[Tensor]):
+    (parts, norms, heads, eps), saved = ctx.call, ctx.saved_tensors
+    n = sum(norms)
+    xs, weights, rope = list(saved[:n]), list(saved[n : 2 * n]), list(saved[2 * n :])
+    needs = _needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], parts, norms)
+    found = _op_backward(list(grads), xs, weights, rope, ctx.counts, norms, heads, eps, needs)
+    return *_gradients(found, needs, parts, norms), [None] * len(rope), None, None, None, None
+
+
+_op.register_autograd(_op_autograd, setup_context=_setup_context)
+
+
+# -- public --------------------------------------------------------------------------------------------------------
+
+
+def joint_qkv(
+    streams: Sequence[QKV], heads: int, *, rope: Rope | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of joint attention, each [B, N, heads, head_dim], N the streams' tokens together, q's dtype.
+
+    streams: one or two, in the order in which their tokens stand in the sequence (FLUX: text first; SD3: image first),
+    of one batch, width, dtype and device. rope: cos and sin, [N, head_dim], in that order too, as diffusers' FLUX makes
+    them (interleaved pairs); no gradient to them. `.transpose(1, 2)` is what scaled_dot_product_attention takes.
+
+    Arithmetic in fp32 (fp64 for fp64 inputs), rounded once: diffusers' modules round after the norm and after the
+    weight as well. Contiguous, but for v of one stream: that is a view of the stream's own. The gradients of a stream's
+    q, k and v are views of one packed buffer; a packed stream's is that buffer. Raises ValueError for other shapes.
+    """
+    _check(streams, heads, rope)
+    table = [] if rope is None else list(rope)
+    weights = [w for s in streams for w in (s.q_weight, s.k_weight)]
+    present = [w for w in weights if w is not None]
+    tensors, parts = [], []
+    for s in streams:
+        mine = [s.q] if s.k is None or s.v is None else [s.q, s.k] if len(streams) == 1 else [s.q, s.k, s.v]
+        tensors += mine
+        parts.append(len(mine))
+    if not fused("joint_qkv", *tensors, *present, *table):
+        return joint_qkv_reference(streams, heads, rope, eps)
+    call = Call(parts, [w is not None for w in weights], heads, eps)
+    if torch.compiler.is_compiling():
+        out = _op(tensors, present, table, *call)
     else:
-        pair = tl.join(even * c0 - odd * s0, odd * c1 + even * s1)
-    return pair.reshape(ROWS, WIDTH)
-
-
-@jit
-def _forward_tile(
-    x, weight, cos, sin, eps, out_ptr, at, mask,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    y = x.to(tl.float32)
-    if weight is not None:
-        y = y * tl.rsqrt(tl.sum(y * y, 1) * (1.0 / D) + eps)[:, None] * weight
-    if cos is not None:
-        y = _rotate(y, cos, sin, False, ROWS, WIDTH)
-    tl.store(out_ptr + at, rounded(y, out_ptr.dtype.element_ty, EMULATE), mask)
-
-
-@jit
-def _forward_stream(
-    q_ptr, k_ptr, v_ptr, q_batch, q_row, k_batch, k_row, v_batch, v_row, q_weight_ptr, k_weight_ptr,
-    cos_ptr, sin_ptr, q_out, k_out, v_out, b, token, position, total, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """One token of one stream; position: in the joint sequence."""
-    q_weight = _row(q_weight_ptr, 0, D, WIDTH)
-    k_weight = _row(k_weight_ptr, 0, D, WIDTH)
-    cos = _row(cos_ptr, position, D, WIDTH)
-    sin = _row(sin_ptr, position, D, WIDTH)
-    q_ptr += b * q_batch + token * q_row
-    k_ptr += b * k_batch + token * k_row
-    if v_out is not None:
-        v_ptr += b * v_batch + token * v_row
-    start = (b * total + position) * (HEADS * D)
-    column = tl.arange(0, WIDTH)[None, :]
-    for first in range(0, HEADS, ROWS):
-        head = first + tl.arange(0, ROWS)[:, None]
-        at, mask = head * D + column, (head < HEADS) & (column < D)
-        q = tl.load(q_ptr + at, mask, other=0.0)
-        k = tl.load(k_ptr + at, mask, other=0.0)
-        if v_out is not None:
-            tl.store(v_out + start + at, tl.load(v_ptr + at, mask), mask)
-        _forward_tile(q, q_weight, cos, sin, eps, q_out + start, at, mask, D, ROWS, WIDTH, EMULATE)
-        _forward_tile(k, k_weight, cos, sin, eps, k_out + start, at, mask, D, ROWS, WIDTH, EMULATE)
-
-
-@jit
-def _forward_kernel(
-    xs, strides, weights, cos_ptr, sin_ptr, q_out, k_out, v_out, counts, total, eps,
-    STREAMS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Program (token, b). xs: q, k, v of each stream; strides: batch and row of each; weights: q's, k's."""
-    position, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    eps = tl.cast(eps, tl.float32)  # python floats stay fp64 in the interpreter of Triton 3.6
-    token = position
-    for s in tl.static_range(STREAMS):  # pyright: ignore[reportGeneralTypeIssues]
-        if (token >= 0) & (token < counts[s]):
-            _forward_stream(
-                xs[3 * s], xs[3 * s + 1], xs[3 * s + 2], strides[6 * s], strides[6 * s + 1], strides[6 * s + 2],
-                strides[6 * s + 3], strides[6 * s + 4], strides[6 * s + 5], weights[2 * s], weights[2 * s + 1],
-                cos_ptr, sin_ptr, q_out, k_out, v_out, b, token, position, total, eps, HEADS, D, ROWS, WIDTH, EMULATE,
-            )  # fmt: skip
-        token -= counts[s]
-
-
-@jit
-def _backward_tile(
-    grad, x, weight, cos, sin, eps, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """(dx, dy x / rms: what summed over rows is the weight's gradient). With g = dy w and r = 1 / rms:
-    dx = r g - r^3 x mean(g x)."""
-    dy = grad.to(tl.float32)
-    if cos is not None:
-        dy = _rotate(dy, cos, sin, True, ROWS, WIDTH)
-    if weight is None:
-        return dy, dy
-    x = x.to(tl.float32)
-    g = dy * weight
-    rms = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None]
-    x = x * rms
-    return rms * (g - x * (tl.sum(g * x, 1) * (1.0 / D))[:, None]), dy * x
-
-
-@jit
-def _backward_stream(
-    dq_ptr, dk_ptr, dv_ptr, grad_strides, q_ptr, k_ptr, q_batch, q_row, k_batch, k_row, q_weight_ptr, k_weight_ptr,
-    cos_ptr, sin_ptr, out, q_partial, k_partial, b, tile, tokens, count, start, eps,
-    PARTS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Tokens tile * tokens ... of one stream, which starts at `start` in the joint sequence."""
-    q_weight = _row(q_weight_ptr, 0, D, WIDTH)
-    k_weight = _row(k_weight_ptr, 0, D, WIDTH)
-    column = tl.arange(0, WIDTH)[None, :]
-    q_sum, k_sum = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
-    token = tile * tokens
-    end = tl.minimum(token + tokens, count)
-    while token < end:  # not range(): Triton 3.6's interpreter cannot take a tensor there with NumPy 2.4
-        position = start + token
-        cos = _row(cos_ptr, position, D, WIDTH)
-        sin = _row(sin_ptr, position, D, WIDTH)
-        for first in range(0, HEADS, ROWS):
-            head = first + tl.arange(0, ROWS)[:, None]
-            flat, mask = head * D + column, (head < HEADS) & (column < D)
-            at = b * grad_strides[0] + position * grad_strides[1] + head * grad_strides[2] + column
-            dq = tl.load(dq_ptr + at, mask, other=0.0)
-            at = b * grad_strides[3] + position * grad_strides[4] + head * grad_strides[5] + column
-            dk = tl.load(dk_ptr + at, mask, other=0.0)
-            x_q = _tile(q_ptr, b * q_batch + token * q_row + flat, mask)
-            x_k = _tile(k_ptr, b * k_batch + token * k_row + flat, mask)
-            to = (b * count + token) * (PARTS * HEADS * D) + flat
-            if out is not None and PARTS == 3:
-                at = b * grad_strides[6] + position * grad_strides[7] + head * grad_strides[8] + column
-                tl.store(out + to + 2 * HEADS * D, tl.load(dv_ptr + at, mask), mask)
-            dq, q_part = _backward_tile(dq, x_q, q_weight, cos, sin, eps, D, ROWS, WIDTH)
-            dk, k_part = _backward_tile(dk, x_k, k_weight, cos, sin, eps, D, ROWS, WIDTH)
-            if out is not None:
-                tl.store(out + to, rounded(dq, out.dtype.element_ty, EMULATE), mask)
-                tl.store(out + to + HEADS * D, rounded(dk, out.dtype.element_ty, EMULATE), mask)
-            if q_partial is not None:
-                q_sum += q_part
-            if k_partial is not None:
-                k_sum += k_part
-        token += 1
-    at = (b * tl.cdiv(count, tokens) + tile) * WIDTH + tl.arange(0, WIDTH)
-    if q_partial is not None:
-        tl.store(q_partial + at, tl.sum(q_sum, 0))
-    if k_partial is not None:
-        tl.store(k_partial + at, tl.sum(k_sum, 0))
-
-
-@jit
-def _backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, grad_strides, xs, strides, weights, cos_ptr, sin_ptr, outs, partials, counts, tokens, eps,
-    STREAMS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Program (`tokens` tokens of one stream, b). grad_strides: batch, token and head of dq, dk, dv; xs, strides,
-    weights: q's and k's of each stream; outs: packed [B, N_i, PARTS, heads, D]; partials: [programs, WIDTH] of each
-    weight. An x is None where no norm needs it, an out or a partial where nobody wants it."""
-    tile, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    eps = tl.cast(eps, tl.float32)
-    start = tl.cast(0, tl.int64)
-    for s in tl.static_range(STREAMS):  # pyright: ignore[reportGeneralTypeIssues]
-        if outs[s] is not None or partials[2 * s] is not None or partials[2 * s + 1] is not None:
-            if (tile >= 0) & (tile * tokens < counts[s]):
-                _backward_stream(
-                    dq_ptr, dk_ptr, dv_ptr, grad_strides, xs[2 * s], xs[2 * s + 1], strides[4 * s],
-                    strides[4 * s + 1], strides[4 * s + 2], strides[4 * s + 3], weights[2 * s], weights[2 * s + 1],
-                    cos_ptr, sin_ptr, outs[s], partials[2 * s], partials[2 * s + 1], b, tile, tokens, counts[s], start, eps,
-                    PARTS, HEADS, D, ROWS, WIDTH, EMULATE,
-                )  # fmt: skip
-        tile -= tl.cdiv(counts[s], tokens)
-        start += counts[s]
-
-
-@jit
-def _weights_kernel(
-    partials, rows, outs, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Program (COLUMNS columns, weight): the sum of its partials, always in the same order."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    for i in tl.static_range(WEIGHTS):  # pyright: ignore[reportGeneralTypeIssues]
-        if tl.program_id(1) == i:
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            first = tl.cast(0, tl.int64)
-            while first < rows[i]:
-                row = first + tl.arange(0, ROWS)[:, None]
-                acc += tl.load(partials[i] + row * WIDTH + column[None, :], row < rows[i], other=0.0)
-                first += ROWS
-            tl.store(outs[i] + column, rounded(tl.sum(acc, 0), outs[i].dtype.element_ty, EMULATE), column < D)
+        out = _JointQKV.apply(call, table, *tensors, *present)
+    if parts == [2]:
+        v = streams[0].v
+        assert v is not None
+        return *out, v.unflatten(-1, (heads, -1))  # type: ignore[return-value]
+    return tuple(out)  # type: ignore[return-value]
