@@ -14,6 +14,7 @@ from senseflow_kernels.attention import (
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
 from senseflow_kernels.lerp import Lerp, lerp_
+from senseflow_kernels.mmdit import fuse_mmdit, unfuse_mmdit
 from senseflow_kernels.modulate import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -32,6 +33,7 @@ __all__ = [
     "attention_backend",
     "available_backends",
     "dmd_loss",
+    "fuse_mmdit",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "hinge_discriminator",
@@ -49,4 +51,5 @@ __all__ = [
     "split_fp32",
     "strict",
     "torch_path",
+    "unfuse_mmdit",
 ]

@@ -22,7 +22,8 @@ from senseflow_kernels.modulate import (
 )
 from senseflow_kernels.qk_norm_rope import QKV, joint_qkv
 
-PROCESSORS = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "FluxAttnProcessor")
+# Not FusedJointAttnProcessor2_0, which SD3's fuse_qkv_projections sets: it leaves out the QK norms.
+PROCESSORS = ("JointAttnProcessor2_0", "FluxAttnProcessor")
 
 _said: set[str] = set()
 
@@ -75,6 +76,11 @@ def modulation(norm: Any, temb: Tensor, chunks: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(temb)).chunk(chunks, dim=1)
 
 
+def _packed(attn: Any) -> bool:
+    """Whether fuse_qkv_projections is in force: of the two processors FLUX's alone heeds it."""
+    return attn.fused_projections and type(attn.processor).__name__ == "FluxAttnProcessor"
+
+
 def _weight(norm: Any) -> Tensor | None:
     return None if norm is None else norm.weight
 
@@ -82,14 +88,14 @@ def _weight(norm: Any) -> Tensor | None:
 def image_qkv(attn: Any, y: Tensor) -> QKV:
     """Also that of a block with one stream."""
     weights = _weight(attn.norm_q), _weight(attn.norm_k)
-    if attn.fused_projections:
+    if _packed(attn):
         return QKV.packed(attn.to_qkv(y), *weights)
     return QKV(attn.to_q(y), attn.to_k(y), attn.to_v(y), *weights)
 
 
 def text_qkv(attn: Any, c: Tensor) -> QKV:
     weights = _weight(attn.norm_added_q), _weight(attn.norm_added_k)
-    if attn.fused_projections:
+    if _packed(attn):
         return QKV.packed(attn.to_added_qkv(c), *weights)
     return QKV(attn.add_q_proj(c), attn.add_k_proj(c), attn.add_v_proj(c), *weights)
 
