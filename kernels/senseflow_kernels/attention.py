@@ -1,15 +1,16 @@
 """Joint attention with backward over whichever library is the fastest that really works: softmax(q k^T scale + mask) v.
 
-| name        | what runs                                     | masks | torch.compile(fullgraph)                    |
-|-------------|-----------------------------------------------|-------|---------------------------------------------|
-| `fa3`       | FlashAttention-3, package flash_attn_interface | no    | builds that register flash_attn_3's ops     |
-| `cudnn`     | torch's SDPA on cuDNN                         | yes   | yes                                         |
-| `flash`     | torch's SDPA on FlashAttention-2, or its CPU form | CPU | yes                                       |
-| `fa2`       | FlashAttention-2, package flash_attn          | no    | versions that register flash_attn's ops     |
-| `xformers`  | xformers.ops.memory_efficient_attention       | no    | no                                          |
-| `efficient` | torch's SDPA, memory-efficient                | yes   | yes                                         |
-| `math`      | torch's SDPA, the formula itself              | yes   | yes                                         |
-| `torch`     | torch's SDPA as torch chooses; the CPU's      | yes   | yes                                         |
+| name        | what runs                                            | masks | torch.compile(fullgraph=True)      |
+|-------------|------------------------------------------------------|-------|------------------------------------|
+| `fa3`       | FlashAttention-3: flash_attn_interface, or the       | no    | builds that register an op for it  |
+|             | forward-only fa3_fwd_interface                       |       |                                    |
+| `cudnn`     | torch's SDPA on cuDNN                                | yes   | yes                                |
+| `flash`     | torch's SDPA on FlashAttention-2, or its CPU form    | CPU   | yes                                |
+| `fa2`       | FlashAttention-2: flash_attn                         | no    | versions that register an op       |
+| `xformers`  | xformers.ops.memory_efficient_attention              | no    | no                                 |
+| `efficient` | torch's SDPA, memory-efficient                       | yes   | yes                                |
+| `math`      | torch's SDPA, the formula itself                     | yes   | yes                                |
+| `torch`     | torch's SDPA as torch chooses; what a CPU runs       | yes   | yes                                |
 
 A backend is taken only after it has run forward and, where gradients are needed, backward on tiny tensors of the same
 kind with values that agree with fp64 (_attention_probe.py). That happens once per `Key`, and costs a host sync then.

@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Kind(NamedTuple):
-    """lists: the model's ModuleLists of such blocks; norms: adaLNs and the multiple of D that their linear gives."""
+    """module, name: of the block's class; norms: its adaLNs and the multiple of D that their linears give."""
 
     module: str
     name: str
@@ -87,9 +87,9 @@ def _expect(where: str, expected: object, found: object) -> None:
 
 def _check(where: str, kind: Kind, block: Any) -> None:
     """Raises ValueError, naming the part, unless all that the forward relies on is there and as expected."""
-    own = [cls.__qualname__ for cls in type(block).__mro__ if cls.__module__ == kind.module]
-    if kind.name not in own:
-        raise _unknown(where, kind.name, type(block).__name__)
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(block).__mro__]  # FSDP2 puts a class in front
+    if f"{kind.module}.{kind.name}" not in names:
+        raise _unknown(where, f"{kind.module}.{kind.name}", names[0])
     _expect(f"forward's parameters of {kind.name}", _parameters(kind.forward), _parameters(type(block).forward))
     if "forward" in block.__dict__:
         raise ValueError(

@@ -166,8 +166,8 @@ def test_launches(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_is_no_worse_than_unfused(name):
-    """Root mean square over all tensors' relative errors, three draws of weights: at most 1.1 of diffusers' own in bf16.
-    Of ~100 tensors a draw the two means scatter by a few percent."""
+    """Root mean square over all tensors' relative errors, three draws of weights: at most 1.1 of diffusers' own in
+    bf16. Of ~100 tensors a draw the two means scatter by a few percent."""
     own, fused = [], []
     for seed in range(3):
         model = build(name, BF16, seed)
