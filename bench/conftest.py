@@ -88,7 +88,7 @@ def measure(benchmark: Any, session: Session) -> Callable[..., None]:
             session.skipped.append(dict(op=what["op"], case=what["case"], form=what["form"], reason=reason))
             pytest.skip(reason)
         launches, fused = harness.count_launches(fn)
-        if harness.CUDA and what["kind"] == "ours":
+        if harness.CUDA and what["kind"] == "ours" and not what["op"].startswith("attention"):  # others' kernels
             assert fused, "no fused kernel ran"
         benchmark.pedantic(a_round, rounds=what.pop("rounds", harness.ROUNDS), warmup_rounds=2, iterations=1)
         if benchmark.stats is None:  # --benchmark-disable

@@ -82,9 +82,10 @@ def _launches(row: Row) -> str:
 
 
 def _cells(row: Row, copy: float | None) -> list[str]:
-    share = f"{_rate(row) / copy:.0%}" if copy else ""
-    return [duration(row["median_s"]), duration(row["iqr_s"]), f"{_rate(row) / 1e9:.1f}", share, _launches(row),
-            f"{row['error']:.1e}"]  # fmt: skip
+    share, rate = f"{_rate(row) / copy:.0%}" if copy else "", f"{_rate(row) / 1e9:.1f}"
+    if "flops" in row:  # bound by arithmetic, so bytes say nothing
+        share, rate = "", f"{row['flops'] / row['median_s'] / 1e12:.3g} TFLOP/s"
+    return [duration(row["median_s"]), duration(row["iqr_s"]), rate, share, _launches(row), f"{row['error']:.1e}"]
 
 
 def _all_rows(rows: list[Row], copy: float | None) -> str:

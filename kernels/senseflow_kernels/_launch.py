@@ -84,15 +84,17 @@ def torch_path() -> Iterator[None]:
         _torch_only = before
 
 
-def fused(op: str, *tensors: Tensor | None) -> bool:
+def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64).
 
-    Where it does not, says once which path runs and why; under strict raises Unavailable.
+    limit: a reason of the op's own against it. Where it does not, says once which path runs and why; under strict
+    raises Unavailable.
     """
     present = [t for t in tensors if t is not None]
     reason = reason_against(present[0].device)
     if reason is None and any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in present):
         reason = f"dtypes are {sorted({str(t.dtype) for t in present})}, the kernel takes fp32, fp16 and bf16"
+    reason = reason or limit
     if reason is None:
         return True
     if _strict:
