@@ -41,6 +41,10 @@ TARGETS: tuple[Target, ...] = (
            baseline="_foreach_lerp_"),
     Target("lerp nearest, small: no slower than _foreach_lerp_", "lerp nearest", "small", "call",
            baseline="_foreach_lerp_"),
+    *(Target(f"adaLN {op} {part}: {share:.0%} of the copy bandwidth".replace("%", " %"), f"adaLN {op} {part}",
+             f"{model} 4x", "graph", copy_share=share)
+      for model, ops in (("FLUX", ("modulate", "gate modulate")), ("SD3.5L", ("modulate", "gate modulate")))
+      for op in ops for part, share in (("fwd", 0.85), ("fwd+bwd", 0.80))),
 )  # fmt: skip
 
 
