@@ -8,9 +8,11 @@ from senseflow_kernels._launch import Unavailable, is_available, launches, reaso
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
 from senseflow_kernels.lerp import Lerp, lerp_
+from senseflow_kernels.qk_norm_rope import QKV, joint_qkv
 from senseflow_kernels.score import DMDLoss, ScoreGradient, dmd_loss, score_gradient
 
 __all__ = [
+    "QKV",
     "Buckets",
     "DMDLoss",
     "HingeD",
@@ -22,6 +24,7 @@ __all__ = [
     "hinge_generator",
     "is_available",
     "join_fp32",
+    "joint_qkv",
     "launches",
     "lerp_",
     "reason_against",
