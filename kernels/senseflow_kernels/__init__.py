@@ -21,9 +21,11 @@ from senseflow_kernels.modulate import (
     layer_norm_modulate,
     layer_norm_modulate2,
 )
+from senseflow_kernels.qk_norm_rope import QKV, joint_qkv
 from senseflow_kernels.score import DMDLoss, ScoreGradient, dmd_loss, score_gradient
 
 __all__ = [
+    "QKV",
     "Buckets",
     "DMDLoss",
     "HingeD",
@@ -41,6 +43,7 @@ __all__ = [
     "is_available",
     "join_fp32",
     "joint_attention",
+    "joint_qkv",
     "launches",
     "layer_norm_modulate",
     "layer_norm_modulate2",

@@ -195,13 +195,18 @@ def _weights_kernel(
 # -- launches ------------------------------------------------------------------------------------------------------
 
 
-def _blocks(heads: int, head_dim: int) -> dict[str, Any]:
+def blocks(heads: int, head_dim: int) -> dict[str, Any]:
     """16 elements a thread. With more threads than a table's row has values Triton loads the row in the tile's own
     layout; with fewer it goes through shared memory."""
     width = power_of_2(head_dim)
     warps = 8 if width >= 128 else 4
     rows = min(power_of_2(heads), max(1, 16 * 32 * warps // width))
     return dict(HEADS=heads, D=head_dim, ROWS=rows, WIDTH=width, EMULATE=INTERPRET, num_warps=warps)
+
+
+def registers(num_warps: int, dtype: torch.dtype) -> int:
+    """Of a backward thread: 24 or 20 warps an SM at 16 bits. Left alone, ptxas spills a few to have one block more."""
+    return 128 if dtype == torch.float32 else 80 if num_warps == 8 else 96
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -228,7 +233,7 @@ def launch_forward(
         tuple(xs), tuple(n for x in xs for n in x.stride()[:2]),
         tuple(spread([w.contiguous() for w in weights], norms)),
         *([t.contiguous() for t in rope] or (None, None)), tuple(outs), tuple(counts), sum(counts), eps,
-        STREAMS=len(views), PARTS=outputs, **_blocks(heads, width // heads),
+        STREAMS=len(views), PARTS=outputs, **blocks(heads, width // heads),
     )  # fmt: skip
     return outs
 
@@ -246,11 +251,11 @@ def launch_backward(
         grads[0].new_empty(batch, n, parts * heads * head_dim) if need else None
         for n, need in zip(counts, needs[:streams], strict=True)
     ]
-    blocks = _blocks(heads, head_dim)
+    shape = blocks(heads, head_dim)
     tokens = blocks_of(batch * total, PROGRAMS) if any(needs[streams:]) else 1
     rows = [batch * blocks_of(n, tokens) for n in counts for _ in "qk"]
     partials = [
-        grads[0].new_empty(n, blocks["WIDTH"], dtype=torch.float32) if need else None
+        grads[0].new_empty(n, shape["WIDTH"], dtype=torch.float32) if need else None
         for n, need in zip(rows, needs[streams:], strict=True)
     ]
     of_weights = spread([w.contiguous() for w in weights], norms)
@@ -259,16 +264,16 @@ def launch_backward(
         tuple(grads), tuple(n for g in grads for n in g.stride()[:3]), tuple(dense),
         tuple(n for x in dense for n in ((0, 0) if x is None else x.stride()[:2])), tuple(of_weights),
         *([t.contiguous() for t in rope] or (None, None)), tuple(outs), tuple(partials), tuple(counts), tokens, eps,
-        STREAMS=streams, PARTS=parts, **blocks,
+        STREAMS=streams, PARTS=parts, **shape, maxnreg=registers(shape["num_warps"], grads[0].dtype),
     )  # fmt: skip
     found = [(p, n, w) for p, n, w in zip(partials, rows, of_weights, strict=True) if p is not None and w is not None]
     dweights = [torch.empty_like(w) for _, _, w in found]
     if found:
-        columns = min(8, blocks["WIDTH"])
+        columns = min(8, shape["WIDTH"])
         launch(
-            "joint_qkv_backward", _weights_kernel, (blocks["WIDTH"] // columns, len(found)),
+            "joint_qkv_backward", _weights_kernel, (shape["WIDTH"] // columns, len(found)),
             tuple(p for p, _, _ in found), tuple(n for _, n, _ in found), tuple(dweights),
-            D=head_dim, WIDTH=blocks["WIDTH"], ROWS=512, COLUMNS=columns, WEIGHTS=len(found), EMULATE=INTERPRET,
+            D=head_dim, WIDTH=shape["WIDTH"], ROWS=512, COLUMNS=columns, WEIGHTS=len(found), EMULATE=INTERPRET,
             num_warps=8,
         )  # fmt: skip
     return [t for t in outs if t is not None] + dweights

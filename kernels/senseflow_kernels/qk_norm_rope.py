@@ -83,14 +83,17 @@ def _check(streams: Sequence[QKV], heads: int, rope: Rope | None) -> None:
         if heads < 1 or width % heads or not width:
             raise ValueError(f"stream {i}: width {width} is not {heads} heads of one size")
         for name, w in (("q_weight", s.q_weight), ("k_weight", s.k_weight)):
-            if w is not None and tuple(w.shape) != (width // heads,):
-                raise ValueError(f"stream {i}: {name} must have shape [{width // heads}], got {list(w.shape)}")
-    if rope is None:
-        return
-    want = (sum(s.q.shape[1] for s in streams), streams[0].views()[0].shape[2] // heads)
-    if want[1] % 2 or tuple(rope[0].shape) != want or tuple(rope[1].shape) != want:
-        shapes = [list(t.shape) for t in rope]
-        raise ValueError(f"rope must be cos and sin of shape {list(want)}, head_dim even; got {shapes}")
+            if w is not None and (tuple(w.shape) != (width // heads,) or w.device != first.device):
+                want = f"of shape [{width // heads}] on {first.device}"
+                raise ValueError(f"stream {i}: {name} must be {want}, got {list(w.shape)} on {w.device}")
+    tokens = sum(s.q.shape[1] for s in streams)
+    if not tokens or not len(first):
+        raise ValueError("no tokens: the streams are empty")
+    if rope is not None:
+        want = (tokens, streams[0].views()[0].shape[2] // heads)
+        if want[1] % 2 or any(tuple(t.shape) != want or t.device != first.device for t in rope):
+            got = [f"{list(t.shape)} on {t.device}" for t in rope]
+            raise ValueError(f"rope must be cos and sin {list(want)} on {first.device}, head_dim even; got {got}")
 
 
 # -- torch reference -----------------------------------------------------------------------------------------------

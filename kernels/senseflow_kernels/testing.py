@@ -41,18 +41,21 @@ class Case:
     divisible: Sequence[str | tuple[int, ...]] = ()
     arch: int = 90
     num_warps: int = 4
+    maxnreg: int | None = None
 
 
 def compile_kernel(
     fn: Any, signature: Mapping[str, Any], constexprs: Mapping[str, Any],
     divisible: Sequence[str | tuple[int, ...]] = (), arch: int = 90, num_warps: int = 4,
+    maxnreg: int | None = None,
 ) -> Report:  # fmt: skip
     """Compiles a Triton kernel for sm_`arch`; no GPU needed.
 
     signature: type by argument name ("*bf16", "i32"; a tuple of types for a tuple argument); arguments it lacks are
     constexprs, None where constexprs does not name them either. divisible: arguments known to be multiples of 16
     (what a launch sees in a pointer's value), by name or by path: (i,), or (i, j) within a tuple. Without it every
-    load is scalar. Raises RuntimeError under TRITON_INTERPRET, and what the compiler raises.
+    load is scalar. maxnreg: registers a thread at most. Raises RuntimeError under TRITON_INTERPRET, and what the
+    compiler raises.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -70,7 +73,7 @@ def compile_kernel(
     attrs = {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn, types, constexprs=constants, attrs=attrs)  # type: ignore[arg-type]
     # What a launch does by default; said, because Triton's default is about to change.
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": maxnreg}
     done: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx, used = done.asm["ptx"], _resources(done.asm["cubin"])
     return Report(
@@ -118,7 +121,8 @@ def _main() -> None:
     for case in pickle.load(sys.stdin.buffer):
         module, name = case.kernel.split(":")
         fn = getattr(importlib.import_module(module), name)
-        report = compile_kernel(fn, case.signature, case.constexprs, case.divisible, case.arch, case.num_warps)
+        options = (case.divisible, case.arch, case.num_warps, case.maxnreg)
+        report = compile_kernel(fn, case.signature, case.constexprs, *options)
         reports.append(vars(report))
     sys.stdout.buffer.write(pickle.dumps(reports))
 
