@@ -43,7 +43,9 @@ Kernel kernel_of(const char* isa) {
 bool is_valid(const senseflow_row& row) {
   auto dtype = [&](int field) { return int(row.kinds >> (4 * field)) & 3; };
   auto random = [&](int field) { return (row.kinds >> (4 * field) & 8) != 0; };
-  if (row.n < 0 || row.start < 0 || !row.data[THETA]) return false;
+  if (row.n < 0 || row.start < 0) return false;
+  if (row.n == 0) return true;  // an empty tensor may have no address
+  if (!row.data[THETA]) return false;
   if (row.data[GRAD] && !(row.data[MOMENT] && row.data[SQUARE])) return false;
   for (int field : {PHI, THETA, EMA, GRAD, MOMENT, SQUARE}) {
     const bool has_low = (field == PHI || field == THETA) && row.data[field] && row.data[field + 1];

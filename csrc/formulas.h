@@ -149,7 +149,7 @@ SENSEFLOW_FN AdamScalars adam_scalars(const senseflow_scalars& s) {
 SENSEFLOW_FN float adamw(float theta, float grad, float* moment, float* square, const AdamScalars& s) {
   const float g = grad * s.grad_scale;
   *moment = lerp(*moment, g, s.moment_weight);
-  *square = *square * s.beta2 + s.square_weight * g * g;
+  *square = fused_multiply_add(s.square_weight * g, g, *square * s.beta2);  // as torch's addcmul_ is compiled
 #ifdef __CUDA_ARCH__
   const float root = __fdiv_rn(__fsqrt_rn(*square), s.root_correction) + s.eps;
   return theta * s.decay + __fdiv_rn(s.step_size * *moment, root);
