@@ -1,7 +1,7 @@
-"""The two packages of this distribution, and csrc/ built by CMake where there is a compiler; the rest is in pyproject.toml.
+"""The two packages, and csrc/ built by CMake where there is a compiler; everything else is in pyproject.toml.
 
 SENSEFLOW_BUILD_EXT: 0 for a pure wheel, 1 to make a failed build an error; by default the wheel is then pure, with the
-reason said. CXX, CUDACXX, SENSEFLOW_CUDA (ON, OFF), SENSEFLOW_CUDA_ARCHITECTURES and SENSEFLOW_TORCH_INCLUDE reach CMake.
+reason said. CXX, CUDACXX, SENSEFLOW_CUDA (ON, OFF), SENSEFLOW_CUDA_ARCHITECTURES, SENSEFLOW_TORCH_INCLUDE reach CMake.
 Nothing here imports torch or looks at the machine's GPU.
 """
 
@@ -58,12 +58,12 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError:
                 if "SENSEFLOW_CUDA" in os.environ:
                     raise
-                self.announce("csrc: not with CUDA and torch's operators; trying the CPU library alone", level=3)
+                print("csrc: the build failed with CUDA and torch's operators; now the CPU library alone")
                 self.cmake(package, "OFF", "-DSENSEFLOW_TORCH_INCLUDE=")
         except (OSError, subprocess.CalledProcessError) as error:
             if WANTED == "1":
                 raise SystemExit(f"csrc: the build failed, and SENSEFLOW_BUILD_EXT=1: {error}") from None
-            self.announce(f"csrc: not built, torch's own operations run in its place: {error}", level=3)
+            print(f"csrc: not built, torch's own operations run in its place: {error}")
 
     def cmake(self, package: Path, cuda: str, *more: str) -> None:
         build = Path(self.build_temp).absolute() / "csrc"
@@ -79,7 +79,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
 
     def get_outputs(self) -> list[str]:
-        return [] if self.editable_mode else [str(p) for p in Path(self.build_lib, PACKAGE).glob("libsenseflow_csrc*.so")]
+        built = Path(self.build_lib, PACKAGE).glob("libsenseflow_csrc*.so")
+        return [] if self.editable_mode else [str(path) for path in built]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

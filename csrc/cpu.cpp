@@ -18,6 +18,7 @@ constexpr int64_t GRAIN = 1 << 15;  // elements: below it a second thread costs 
 
 #if defined(__x86_64__)
 constexpr char GENERIC[] = "x86-64";
+// Every CPU with AVX2 has F16C.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #elif defined(__aarch64__)
 constexpr char GENERIC[] = "aarch64";

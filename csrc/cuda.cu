@@ -35,6 +35,13 @@ __device__ Scalars read_scalars(const senseflow_device_scalars& d) {
   return s;
 }
 
+// An address read from a table is global memory's: LDG and STG instead of the generic LD and ST.
+template <class T>
+__device__ __forceinline__ T* global(void* address) {
+  __builtin_assume(__isGlobal(address));
+  return (T*)address;
+}
+
 // One tensor of a row.
 struct Field {
   char* data;
@@ -56,8 +63,8 @@ struct Span {
 
   __device__ __forceinline__ bool has(int i) const { return WIDE || (at + i >= 0 && at + i < n); }
 
-  __device__ __forceinline__ void halves(const void* data, uint16_t out[VECTOR]) const {
-    const uint16_t* from = (const uint16_t*)data + at;
+  __device__ __forceinline__ void halves(void* data, uint16_t out[VECTOR]) const {
+    const uint16_t* from = global<uint16_t>(data) + at;
     if (WIDE) {
       const uint4 vector = *(const uint4*)from;
       const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
@@ -70,7 +77,7 @@ struct Span {
   }
 
   __device__ __forceinline__ void put_halves(void* data, const uint16_t value[VECTOR]) const {
-    uint16_t* to = (uint16_t*)data + at;
+    uint16_t* to = global<uint16_t>(data) + at;
     if (WIDE) {
       uint32_t words[4];
 #pragma unroll
@@ -85,7 +92,7 @@ struct Span {
 
   __device__ __forceinline__ void load(const Field& f, float out[VECTOR]) const {
     if (f.dtype == SENSEFLOW_FP32) {
-      const float* from = (const float*)f.data + at;
+      const float* from = global<float>(f.data) + at;
       if (WIDE) {
         const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
         out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
@@ -109,7 +116,7 @@ struct Span {
   __device__ __forceinline__ void store(
       const Field& f, float value[VECTOR], const senseflow_row& row, int64_t seed, int64_t step, uint32_t stream) const {
     if (f.dtype == SENSEFLOW_FP32) {
-      float* to = (float*)f.data + at;
+      float* to = global<float>(f.data) + at;
       if (WIDE) {
         ((float4*)to)[0] = make_float4(value[0], value[1], value[2], value[3]);
         ((float4*)to)[1] = make_float4(value[4], value[5], value[6], value[7]);
@@ -181,7 +188,7 @@ __device__ __forceinline__ void update(const Span<WIDE> span, const senseflow_ro
   if (phi.data && s.phi_weight != 0) move(span, phi, end, s.phi_weight, row, seed, s.step);
 }
 
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS)
     update_kernel(const senseflow_row* rows, const int2* map, int64_t entries, senseflow_device_scalars given) {
   __shared__ Scalars scalars;
   if (threadIdx.x == 0) scalars = read_scalars(given);

@@ -1,7 +1,7 @@
 """csrc/'s libraries: AdamW, IDA and EMA of many tensors in one pass, in C++ on CPU tensors and in CUDA.
 
-Plain C behind ctypes: what crosses is a table of addresses (`rows_of`), so one binary serves every torch, and a plan that
-keeps its table pays 10 us a call for any number of tensors. The results are those of the torch forms bit for bit.
+Plain C behind ctypes: what crosses is a table of addresses (`rows_of`), so one binary serves every torch, and a plan
+keeps its table from step to step. The results are those of the torch forms bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from senseflow_kernels import _launch
-from senseflow_kernels._launch import INTERPRET, blocks_of, launches, log
+from senseflow_kernels._launch import INTERPRET, launches, log
 
 ABI = 1
 FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v")  # senseflow_field
@@ -162,7 +162,7 @@ def update_cpu(
     scalars = _Scalars(lr, beta1, beta2, eps, weight_decay, grad_scale, step, seed, phi_weight, ema_weight)
     update = _cpu()[0].senseflow_update_cpu
     if update(rows.data_ptr(), len(rows), ctypes.addressof(scalars), _threads(), isa):
-        raise ValueError(f"{op}: csrc refuses: a low half beside what is not bf16, a gradient without moments, no {isa}")
+        raise ValueError(f"{op}: csrc refuses: a low half beside other than bf16, a gradient without moments, {isa}")
 
 
 def map_of(rows: Tensor) -> Tensor:
@@ -250,7 +250,8 @@ def adamw_(
     lists = dict(theta=theta, theta_low=theta_low, grad=grad, m=m, v=v, phi=phi, phi_low=phi_low, ema=ema)
     _check(mode, lists)
     update_cpu(
-        rows_of(lists, tuple(STREAMS) if mode == "stochastic" else (), parameter, start), op="adamw", seed=seed, step=int(step),
+        rows_of(lists, tuple(STREAMS) if mode == "stochastic" else (), parameter, start),
+        op="adamw", seed=seed, step=int(step),
         phi_weight=(1 - lam.double()).float().item(), ema_weight=(1 - ema_decay.double()).float().item(),
         lr=lr.item(), grad_scale=grad_scale.item(), beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
     )  # fmt: skip

@@ -234,14 +234,17 @@ def _csrc(
     group: Group, tables: list[Table], lam: Tensor | None, weight: float, ema_weight: float, step: Tensor | None
 ) -> None:
     rows, programs, _ = tables[0]
-    weights = dict(phi_weight=weight, ema_weight=ema_weight)
     if rows.is_cuda:
-        scalars = dict(lam=None if lam is None else lam.float(), step=step)
-        _ext.update_cuda(rows, programs, op="lerp", scalars=scalars, seed=group.seed, **weights)
+        _ext.update_cuda(
+            rows, programs, op="lerp", scalars=dict(lam=None if lam is None else lam.float(), step=step),
+            phi_weight=weight, ema_weight=ema_weight, seed=group.seed,
+        )  # fmt: skip
     else:
-        if lam is not None:
-            weights["phi_weight"] = (1 - lam).float().item()
-        _ext.update_cpu(rows, op="lerp", step=0 if step is None else int(step), seed=group.seed, **weights)
+        weight = weight if lam is None else (1 - lam).float().item()
+        _ext.update_cpu(
+            rows, op="lerp", phi_weight=weight, ema_weight=ema_weight, step=0 if step is None else int(step),
+            seed=group.seed,
+        )  # fmt: skip
     torch.autograd.graph.increment_version([*group.phi, *group.low, *group.ema])
 
 

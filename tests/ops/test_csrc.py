@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not FUSED, reason="torch does not fuse multiply and add here: the last bit differs"),
 ]
 ISAS = [None] if not torch.backends.cpu.get_cpu_capability().startswith("AVX") else [None, b"x86-64"]
-SIZES = [0, 1, 7, 8, 9, 511, 513, 1000, 40_007]  # around a vector, a block, and above a thread's grain
+SIZES = [0, 1, 7, 8, 9, 513, 1023, 1025, 40_007]  # around a vector, a block, and above a thread's grain
 
 
 @pytest.fixture(autouse=True)
