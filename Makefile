@@ -3,7 +3,7 @@ BENCHES := $(filter $(wildcard bench/*.py),bench/ops.py bench/step.py bench/data
 # A checkout runs without being installed, as on a GPU machine that has no network.
 export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: check test bench gpu evidence gpu-pack clean
+.PHONY: check test bench csrc gpu evidence gpu-pack clean
 
 # Lint, format and types, as .ci/run does them.
 check:
@@ -14,6 +14,12 @@ check:
 # The fast tests; GPU tests skip with a reason where there is no GPU.
 test:
 	$(PYTHON) -m pytest
+
+# csrc/'s libraries into the source tree, for a checkout that is not installed, and its C++ tests.
+csrc:
+	cmake -S . -B build/csrc && cmake --build build/csrc --parallel
+	ctest --test-dir build/csrc --output-on-failure
+	cmake --install build/csrc --prefix kernels/senseflow_kernels
 
 # Every benchmark that this checkout has; results go to bench/results/.
 bench:

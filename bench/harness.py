@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from statistics import quantiles
@@ -62,8 +62,9 @@ def _synchronize() -> None:
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """With a GPU the fused kernels or an error; without one torch, never Triton's interpreter."""
-    with senseflow_kernels.strict() if CUDA else senseflow_kernels.torch_path():
+    """With a GPU the fused kernels or an error; without one csrc or torch, never Triton's interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    with senseflow_kernels.strict() if CUDA else senseflow_kernels.torch_path() if interpreted else nullcontext():
         yield
 
 

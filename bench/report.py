@@ -1,7 +1,7 @@
 """The table of a benchmark run: `python -m bench.report [--all] [FILE ...]`, by default the newest result files.
 
 One line per op, case and mode, with how many times as long every baseline takes; --all gives every row measured.
-With a GPU's results the targets follow.
+The targets follow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.targets import judge
+from bench.targets import CPU_TARGETS, TARGETS, judge
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1  # harness.FORMAT, which needs torch
@@ -111,12 +111,12 @@ def _ratios(rows: list[Row], copy: float | None) -> str:
 
 
 def render(result: dict[str, Any], every_row: bool = False) -> str:
-    """Markdown of one run: where, how, its rows, and on a GPU the targets."""
+    """Markdown of one run: where, how, its rows, the targets."""
     env, gpu = result["environment"], result["environment"].get("device_type") == "cuda"
     copies = [r for r in result["rows"] if r["op"] == "copy"]
     rows = [r for r in result["rows"] if r["op"] != "copy"]
     copy = _rate(copies[0]) if copies else None
-    where = f"### {env.get('device')}{'' if gpu else ' (CPU: small sizes, torch path, no fused kernel ran)'}"
+    where = f"### {env.get('device')}{'' if gpu else ' (CPU: small sizes, csrc or torch, no GPU kernel ran)'}"
     how = f"torch {env.get('torch')}, Triton {env.get('triton')}, Python {env.get('python')}"
     how += f", commit {env.get('commit')}{' with changes' if env.get('dirty') else ''}, {str(env.get('time'))[:10]}"
     how += f", `{env.get('command')}`"
@@ -137,8 +137,9 @@ def render(result: dict[str, Any], every_row: bool = False) -> str:
     parts = [where, how + "." + partial, what, _all_rows(rows, copy) if every_row else _ratios(rows, copy)]
     if reasons:
         parts.append("Not measured: " + "; ".join(reasons) + ".")
-    if gpu:
-        verdicts = [[t.text, measured, verdict] for t, measured, verdict in judge(result["rows"])]
+    judged = judge(result["rows"], TARGETS if gpu else CPU_TARGETS)
+    if gpu or any(verdict != "not measured" for *_, verdict in judged):
+        verdicts = [[t.text, measured, verdict] for t, measured, verdict in judged]
         parts.append(table(["target", "measured", "verdict"], verdicts))
     return "\n\n".join(parts)
 

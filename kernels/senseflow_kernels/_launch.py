@@ -35,8 +35,9 @@ launches: Counter[str] = Counter()  # kernel launches of this process by op; a c
 
 _said: set[tuple[str, str]] = set()
 _chosen = os.environ.get("SENSEFLOW_KERNELS", "auto")
-if _chosen not in ("auto", "torch", "strict"):
-    raise ValueError(f"SENSEFLOW_KERNELS = {_chosen!r}: allowed is auto, torch or strict")
+if _chosen not in ("auto", "torch", "strict", "csrc"):
+    raise ValueError(f"SENSEFLOW_KERNELS = {_chosen!r}: allowed is auto, torch, strict or csrc")
+PREFER_CSRC = _chosen == "csrc"  # on CUDA tensors, where csrc has the op; on a CPU it is the default
 _strict, _torch_only = _chosen == "strict", _chosen == "torch"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from senseflow_kernels import _ext
 from senseflow_kernels._bf16 import (
     ROUNDS,
     join_fp32,
@@ -203,6 +204,9 @@ def _run(
 ) -> None:  # fmt: skip
     """One step of a group. lam: 0-d tensor, or None and weight = 1 - lam. tables: the plan's, else from the cache."""
     phi, theta = group.phi[0], group.theta[0]
+    if _ext.takes(phi, theta):
+        _csrc(group, _csrc_tables(group) if tables is None else tables, lam, weight, ema_weight, step)
+        return
     if not fused("lerp", phi, theta):
         if lam is not None:
             weight = (1 - lam).float() if phi.is_cuda else (1 - lam).float().item()  # type: ignore[assignment]
@@ -216,6 +220,31 @@ def _run(
             FIELDS=FIELDS, CHUNK=CHUNK, BLOCK=BLOCK, ROUNDS=ROUNDS, EMULATE=INTERPRET, num_warps=8,
         )  # fmt: skip
     # The kernel writes behind autograd's back: a backward through the old values must still be refused.
+    torch.autograd.graph.increment_version([*group.phi, *group.low, *group.ema])
+
+
+def _csrc_tables(group: Group) -> list[Table]:
+    lists = dict(phi=group.phi, phi_low=group.low, theta=group.theta, theta_low=group.theta_low, ema=group.ema)
+    rows = _ext.rows_of(lists, ("phi",) if group.random else (), group.ids, group.starts)
+    device = group.phi[0].device
+    return [Table(rows.to(device), rows if device.type == "cpu" else _ext.map_of(rows).to(device), True)]
+
+
+def _csrc(
+    group: Group, tables: list[Table], lam: Tensor | None, weight: float, ema_weight: float, step: Tensor | None
+) -> None:
+    rows, programs, _ = tables[0]
+    if rows.is_cuda:
+        _ext.update_cuda(
+            rows, programs, op="lerp", scalars=dict(lam=None if lam is None else lam.float(), step=step),
+            phi_weight=weight, ema_weight=ema_weight, seed=group.seed,
+        )  # fmt: skip
+    else:
+        weight = weight if lam is None else (1 - lam).float().item()
+        _ext.update_cpu(
+            rows, op="lerp", phi_weight=weight, ema_weight=ema_weight, step=0 if step is None else int(step),
+            seed=group.seed,
+        )  # fmt: skip
     torch.autograd.graph.increment_version([*group.phi, *group.low, *group.ema])
 
 
@@ -348,8 +377,11 @@ class Lerp:
 
     def _prepare(self) -> None:
         """At once, so that the first step may already be a captured one; later where the torch path was forced."""
-        if self._tables is None and is_available(self.count.device):
-            self._tables = [tables_of(group, CHUNK) for group in self._groups]
+        if self._tables is None and (is_available(self.count.device) or not _ext.reason_against(self.count.device)):
+            self._tables = [
+                _csrc_tables(group) if _ext.takes(group.phi[0], group.theta[0]) else tables_of(group, CHUNK)
+                for group in self._groups
+            ]
 
     @torch.no_grad()
     def step(self, lam: float | Tensor, step: Tensor | None = None) -> None:

@@ -1,0 +1,2 @@
+#define SENSEFLOW_ISA update_generic
+#include "cpu_kernel.inc"
