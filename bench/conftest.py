@@ -119,7 +119,9 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     found = config.stash[SESSION]
     if not [r for r in found.rows if r["kind"] != "copy"]:
         return
-    missing = {"score", "hinge", "lerp"} - {row["op"].split()[0] for row in found.rows}  # `pytest bench/test_lerp.py`
+    missing = {"score", "hinge", "lerp", "joint"} - {
+        row["op"].split()[0] for row in found.rows
+    }  # `pytest bench/test_lerp.py`
     path = harness.save(found.rows, found.skipped, bool(found.partial or missing or exitstatus))
     terminalreporter.write_line("")
     terminalreporter.write_line(report.render(report.load(path), every_row=True))

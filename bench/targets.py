@@ -41,6 +41,8 @@ TARGETS: tuple[Target, ...] = (
            baseline="_foreach_lerp_"),
     Target("lerp nearest, small: no slower than _foreach_lerp_", "lerp nearest", "small", "call",
            baseline="_foreach_lerp_"),
+    Target("joint qkv forward: within 15 % of its byte floor", "joint qkv fwd", "", "flushed", copy_share=1 / 1.15),
+    Target("joint qkv backward: within 25 % of its byte floor", "joint qkv bwd", "", "flushed", copy_share=1 / 1.25),
 )  # fmt: skip
 
 
