@@ -119,7 +119,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     found = config.stash[SESSION]
     if not [r for r in found.rows if r["kind"] != "copy"]:
         return
-    whole = {"score", "hinge", "lerp", "adaLN", "attention", "mmdit", *([] if harness.CUDA else ["csrc"])}
+    whole = {"score", "hinge", "lerp", "adaLN", "joint", "attention", "mmdit"}
+    whole |= set() if harness.CUDA else {"csrc"}
     missing = whole - {row["op"].split()[0] for row in found.rows}  # `pytest bench/test_lerp.py`
     path = harness.save(found.rows, found.skipped, bool(found.partial or missing or exitstatus))
     terminalreporter.write_line("")

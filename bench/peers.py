@@ -236,3 +236,37 @@ LERP_FORMS: dict[str, Callable[[list[Tensor], list[Tensor], float], None]] = {
     "FastGen, modelopt: lerp_": lerp_loop, "SenseFlow, LightX2V: mul_+add_": mul_add_loop,
     "rcm: _foreach_mul_+add_": foreach_mul_add, "_foreach_lerp_": foreach_lerp,
 }  # fmt: skip
+
+
+# -- joint attention's q, k, v -------------------------------------------------------------------------------------
+
+
+def _norm_sd3(x: Tensor, weight: Tensor) -> Tensor:
+    """diffusers' RMSNorm: the variance in fp32, one rounding before the weight and one after."""
+    x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return (x.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else x) * weight
+
+
+def _norm_flux(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """diffusers' apply_rotary_emb with sequence_dim=1."""
+    cos, sin = (t[None, :, None] for t in rope)
+    real, imag = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return (x.float() * cos + torch.stack([-imag, real], -1).flatten(3).float() * sin).to(x.dtype)
+
+
+def diffusers_joint(
+    streams: Sequence[Sequence[Any]], heads: int, rope: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, ...]:
+    """diffusers' processors: norm of each stream, cat of q, k and v, RoPE. FLUX where there is a table, else SD3.
+
+    streams: (q, k, v, q_weight, k_weight) each.
+    """
+    norm = _norm_sd3 if rope is None else _norm_flux
+    split = [[t.unflatten(-1, (heads, -1)) for t in s[:3]] for s in streams]
+    rows = [(norm(q, s[3]), norm(k, s[4]), v) for (q, k, v), s in zip(split, streams, strict=True)]
+    q, k, v = (torch.cat(t, 1) if len(rows) > 1 else t[0] for t in zip(*rows, strict=True))
+    return (q, k, v) if rope is None else (_rotated(q, rope), _rotated(k, rope), v)

@@ -41,6 +41,8 @@ TARGETS: tuple[Target, ...] = (
            baseline="_foreach_lerp_"),
     Target("lerp nearest, small: no slower than _foreach_lerp_", "lerp nearest", "small", "call",
            baseline="_foreach_lerp_"),
+    Target("joint qkv forward: within 15 % of its byte floor", "joint qkv fwd", "", "flushed", copy_share=1 / 1.15),
+    Target("joint qkv backward: within 25 % of its byte floor", "joint qkv bwd", "", "flushed", copy_share=1 / 1.25),
     *(Target(f"adaLN {op} {part}: {share:.0%} of the copy bandwidth".replace("%", " %"), f"adaLN {op} {part}",
              f"{model} 4x", "graph", copy_share=share)
       for model, ops in (("FLUX", ("modulate", "gate modulate")), ("SD3.5L", ("modulate", "gate modulate")))

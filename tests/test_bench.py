@@ -9,6 +9,10 @@ from bench import harness, peers, report, targets
 from bench.test_hinge import LOSSES
 from bench.test_hinge import errors as hinge_errors
 from bench.test_lerp import LAM, pieces
+from bench.test_qk_norm_rope import FORMS as JOINT_FORMS
+from bench.test_qk_norm_rope import Case, Inputs
+from bench.test_qk_norm_rope import error as joint_error
+from bench.test_qk_norm_rope import tolerance as joint_tolerance
 from bench.test_score import errors, ours
 from senseflow_kernels import Lerp
 
@@ -51,6 +55,14 @@ def test_lerp_forms(form: str, dtypes: tuple[torch.dtype, torch.dtype], device) 
     peers.LERP_FORMS[form](pieces(phi, 16), pieces(theta, 16), LAM)
     # mul_ then add_ rounds twice, ours once; half an eps each
     assert ((phi.double() - same.double()).abs() <= 2 * torch.finfo(dtypes[0]).eps * terms).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "rope"), [((8, 24), True), ((32,), True), ((24, 8), False)], ids=str)
+@pytest.mark.parametrize("form", list(JOINT_FORMS))
+def test_joint_qkv_forms(form: str, tokens: tuple[int, ...], rope: bool, dtype: torch.dtype, device) -> None:
+    x = Inputs(Case("", tokens, 3, 32, rope, dtype), device)
+    assert joint_error(JOINT_FORMS[form], x) <= joint_tolerance(form, dtype)
 
 
 def test_pieces_are_all_of_it() -> None:

@@ -16,16 +16,6 @@ PROGRAMS = 2048  # a tensor in a backward with weight gradients, about: each wri
 
 
 @jit
-def _table(ptr, row, D: tl.constexpr, WIDTH: tl.constexpr):
-    """fp32 [1, WIDTH]: a row of a [*, D] table, zero beyond D; None of None."""
-    values = ptr
-    if ptr is not None:
-        column = tl.arange(0, WIDTH)[None, :]
-        values = tl.load(ptr + row * D + column, column < D, other=0.0).to(tl.float32)
-    return values
-
-
-@jit
 def _turned(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """A quarter turn of every pair of columns, (x, y) -> (-y, x): RoPE is cos x + sin turned(x), its transpose
     cos x - turned(sin x). From a flat tile, that loads and stores stay 128 bits wide; a [..., 2] tile has 32."""
@@ -34,38 +24,20 @@ def _turned(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
-def _forward_token(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, position, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """All heads of one token, which x_ptr and out_ptr point at."""
-    weight = _table(weight_ptr, 0, D, WIDTH)
-    cos = _table(cos_ptr, position, D, WIDTH)
-    sin = _table(sin_ptr, position, D, WIDTH)
-    column = tl.arange(0, WIDTH)[None, :]
-    for first in range(0, HEADS, ROWS):
-        head = first + tl.arange(0, ROWS)[:, None]
-        at, mask = head * D + column, (head < HEADS) & (column < D)
-        y = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
-        if weight is not None:
-            y = y * tl.rsqrt(tl.sum(y * y, 1, keep_dims=True) * (1.0 / D) + eps) * weight
-        if cos is not None:
-            y = cos * y + sin * _turned(y, ROWS, WIDTH)
-        tl.store(out_ptr + at, rounded(y, out_ptr.dtype.element_ty, EMULATE), mask)
-
-
-@jit
 def _forward_kernel(
     xs, strides, weights, cos_ptr, sin_ptr, outs, counts, total, eps,
     STREAMS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Program (token of the joint sequence and which of PARTS: q, k, v; b). xs: q, k, v of each stream; strides: batch
-    and row of each; weights: q's and k's of each stream; outs: q, k, v; counts: tokens of each stream."""
+    """Program (token of the joint sequence and which of PARTS: q, k, v; b).
+
+    Of PARTS tensors of each stream, stream by stream: xs, strides (batch and row), weights (None: no norm). outs: q, k
+    and v; counts: tokens of each stream, total: of all.
+    """
     position, b = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(1).to(tl.int64)
     which = tl.program_id(0) % PARTS
     eps = tl.cast(eps, tl.float32)  # python floats stay fp64 in the interpreter of Triton 3.6
-    to = (b * total + position) * (HEADS * D)
+    column = tl.arange(0, WIDTH)[None, :]
     token = position
     for s in tl.static_range(STREAMS):  # pyright: ignore[reportGeneralTypeIssues]
         if (token >= 0) & (token < counts[s]):
@@ -73,15 +45,19 @@ def _forward_kernel(
                 if which == i:
                     x_ptr = xs[PARTS * s + i] + b * strides[2 * (PARTS * s + i)]
                     x_ptr += token * strides[2 * (PARTS * s + i) + 1]
-                    if i < 2:
-                        _forward_token(
-                            x_ptr, weights[2 * s + i], cos_ptr, sin_ptr, outs[i] + to, position, eps,
-                            HEADS, D, ROWS, WIDTH, EMULATE,
-                        )  # fmt: skip
-                    else:
-                        _forward_token(
-                            x_ptr, None, None, None, outs[i] + to, position, eps, HEADS, D, ROWS, WIDTH, EMULATE
-                        )
+                    out_ptr = outs[i] + (b * total + position) * (HEADS * D)
+                    for first in range(0, HEADS, ROWS):
+                        head = first + tl.arange(0, ROWS)[:, None]
+                        at, mask = head * D + column, (head < HEADS) & (column < D)
+                        y = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
+                        if weights[PARTS * s + i] is not None:
+                            weight = tl.load(weights[PARTS * s + i] + column, column < D, other=0.0).to(tl.float32)
+                            y = y * tl.rsqrt(tl.sum(y * y, 1, keep_dims=True) * (1.0 / D) + eps) * weight
+                        if i < 2 and cos_ptr is not None:
+                            cos = tl.load(cos_ptr + position * D + column, column < D, other=0.0).to(tl.float32)
+                            sin = tl.load(sin_ptr + position * D + column, column < D, other=0.0).to(tl.float32)
+                            y = cos * y + sin * _turned(y, ROWS, WIDTH)
+                        tl.store(out_ptr + at, rounded(y, outs[i].dtype.element_ty, EMULATE), mask)
         token -= counts[s]
 
 
@@ -95,28 +71,27 @@ def _backward_tokens(
 
     With g = dy w and r = 1 / rms: dx = r g - r^3 x mean(g x), dweight = sum over rows of r x dy.
     """
-    weight = _table(weight_ptr, 0, D, WIDTH)
     column = tl.arange(0, WIDTH)[None, :]
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    acc = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     while token < end:  # not range(): Triton 3.6's interpreter cannot take a tensor there with NumPy 2.4
-        cos = _table(cos_ptr, start + token, D, WIDTH)
-        sin = _table(sin_ptr, start + token, D, WIDTH)
         for first in range(0, HEADS, ROWS):
             head = first + tl.arange(0, ROWS)[:, None]
             at, mask = head * D + column, (head < HEADS) & (column < D)
             dx = tl.load(grad_ptr + (start + token) * grad_row + head * grad_head + column, mask, other=0.0)
             dx = dx.to(tl.float32)
             x = dx
-            if weight is not None:
+            if weight_ptr is not None:
                 x = tl.load(x_ptr + token * x_row + at, mask, other=0.0).to(tl.float32)
-            if cos is not None:
+            if cos_ptr is not None:
+                cos = tl.load(cos_ptr + (start + token) * D + column, column < D, other=0.0).to(tl.float32)
+                sin = tl.load(sin_ptr + (start + token) * D + column, column < D, other=0.0).to(tl.float32)
                 dx = cos * dx - _turned(sin * dx, ROWS, WIDTH)
-            if weight is not None:
+            if weight_ptr is not None:
                 r = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) * (1.0 / D) + eps)
                 x *= r
                 if partial_ptr is not None:
                     acc += x * dx
-                dx *= weight
+                dx *= tl.load(weight_ptr + column, column < D, other=0.0).to(tl.float32)
                 dx = r * (dx - x * (tl.sum(x * dx, 1, keep_dims=True) * (1.0 / D)))
             if out_ptr is not None:
                 tl.store(out_ptr + token * out_row + at, rounded(dx, out_ptr.dtype.element_ty, EMULATE), mask)
@@ -133,43 +108,43 @@ def _backward_kernel(
 ):  # fmt: skip
     """Program (`tokens` tokens of one stream and which of PARTS: q, k, v; b).
 
-    grads: of q, k, v; grad_strides: batch, token and head of each; xs, strides, weights: q's and k's of each stream;
-    outs: packed [B, N_i, PARTS, heads, D]; partials: [programs, WIDTH] of each weight. An x is None where there is no
-    norm, an out or a partial where nobody wants it.
+    grads: of q, k, v; grad_strides: batch, token and head of each. Of PARTS tensors of each stream, stream by stream:
+    xs, strides and weights as above, xs None without a norm; partials: [programs, WIDTH] of each weight or None. outs:
+    of each stream, packed [B, N_i, PARTS, heads, D], or None.
     """
     tile, b = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(1).to(tl.int64)
     which = tl.program_id(0) % PARTS
     eps = tl.cast(eps, tl.float32)
     start = tl.cast(0, tl.int64)
     for s in tl.static_range(STREAMS):  # pyright: ignore[reportGeneralTypeIssues]
-        tiles = tl.cdiv(counts[s], tokens)
+        tiles = (counts[s] + tokens - 1) // tokens
         if (tile >= 0) & (tile < tiles):
             token = tile * tokens
             end = tl.minimum(token + tokens, counts[s])
             for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
                 if which == i:
                     grad_ptr = grads[i] + b * grad_strides[3 * i]
+                    x_ptr, weight_ptr, partial_ptr = xs[PARTS * s + i], weights[PARTS * s + i], partials[PARTS * s + i]
                     out_ptr = outs[s]
+                    if x_ptr is not None:
+                        x_ptr += b * strides[2 * (PARTS * s + i)]
+                    if partial_ptr is not None:
+                        partial_ptr += (b * tiles + tile) * WIDTH
                     if out_ptr is not None:
                         out_ptr += b * counts[s] * (PARTS * HEADS * D) + i * HEADS * D
-                    if i < 2:
-                        x_ptr, partial_ptr = xs[2 * s + i], partials[2 * s + i]
-                        if x_ptr is not None:
-                            x_ptr += b * strides[2 * (2 * s + i)]
-                        if partial_ptr is not None:
-                            partial_ptr += (b * tiles + tile) * WIDTH
-                        if out_ptr is not None or partial_ptr is not None:
+                    if out_ptr is not None or partial_ptr is not None:
+                        if i < 2:
                             _backward_tokens(
                                 grad_ptr, grad_strides[3 * i + 1], grad_strides[3 * i + 2], x_ptr,
-                                strides[2 * (2 * s + i) + 1], weights[2 * s + i], cos_ptr, sin_ptr, out_ptr,
-                                PARTS * HEADS * D, partial_ptr, token, end, start, eps,
+                                strides[2 * (PARTS * s + i) + 1], weight_ptr, cos_ptr, sin_ptr, out_ptr,
+                                PARTS * HEADS * D, partial_ptr, token, end, start, eps, HEADS, D, ROWS, WIDTH, EMULATE,
+                            )  # fmt: skip
+                        else:
+                            _backward_tokens(
+                                grad_ptr, grad_strides[3 * i + 1], grad_strides[3 * i + 2], None, 0, None, None, None,
+                                out_ptr, PARTS * HEADS * D, None, token, end, start, eps,
                                 HEADS, D, ROWS, WIDTH, EMULATE,
                             )  # fmt: skip
-                    elif out_ptr is not None:
-                        _backward_tokens(
-                            grad_ptr, grad_strides[3 * i + 1], grad_strides[3 * i + 2], None, 0, None, None, None,
-                            out_ptr, PARTS * HEADS * D, None, token, end, start, eps, HEADS, D, ROWS, WIDTH, EMULATE,
-                        )  # fmt: skip
         tile -= tiles
         start += counts[s]
 
@@ -183,7 +158,7 @@ def _weights_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     for i in tl.static_range(WEIGHTS):  # pyright: ignore[reportGeneralTypeIssues]
         if tl.program_id(1) == i:
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+            acc = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
             first = tl.cast(0, tl.int64)
             while first < rows[i]:
                 row = first + tl.arange(0, ROWS)[:, None]
@@ -213,27 +188,27 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def spread(present: Sequence[Tensor], where: Sequence[bool]) -> list[Tensor | None]:
-    """The tensors in order at the places that say so, None elsewhere."""
+def spread(present: Sequence[Tensor], norms: Sequence[bool], parts: int = 2) -> list[Tensor | None]:
+    """The tensors in order where q's and k's norms are, None elsewhere and for v, with parts a stream."""
     rest = iter(present)
-    return [next(rest) if here else None for here in where]
+    found = [next(rest) if norm else None for norm in norms]
+    return [t for i in range(0, len(found), 2) for t in [*found[i : i + 2], None][:parts]]
 
 
 def launch_forward(
     views: Sequence[tuple[Tensor, ...]], weights: Sequence[Tensor], rope: Sequence[Tensor], norms: Sequence[bool],
-    heads: int, eps: float, with_v: bool,
+    heads: int, eps: float, parts: int,
 ) -> list[Tensor]:  # fmt: skip
-    """[q, k] or [q, k, v], joint. weights: those of the norms there are; rope: cos, sin or nothing."""
-    outputs = 3 if with_v else 2
-    xs = [_dense(t) for stream in views for t in stream[:outputs]]
+    """Joint [q, k], or [q, k, v] with 3 parts. weights: those of the norms there are; rope: cos, sin or nothing."""
+    xs = [_dense(t) for stream in views for t in stream[:parts]]
     counts, (batch, _, width) = [stream[0].shape[1] for stream in views], xs[0].shape
-    outs = [xs[0].new_empty(batch, sum(counts), heads, width // heads) for _ in range(outputs)]
+    outs = [xs[0].new_empty(batch, sum(counts), heads, width // heads) for _ in range(parts)]
     launch(
-        "joint_qkv", _forward_kernel, (outputs * sum(counts), batch),
+        "joint_qkv", _forward_kernel, (parts * sum(counts), batch),
         tuple(xs), tuple(n for x in xs for n in x.stride()[:2]),
-        tuple(spread([w.contiguous() for w in weights], norms)),
+        tuple(spread([w.contiguous() for w in weights], norms, parts)),
         *([t.contiguous() for t in rope] or (None, None)), tuple(outs), tuple(counts), sum(counts), eps,
-        STREAMS=len(views), PARTS=outputs, **blocks(heads, width // heads),
+        STREAMS=len(views), PARTS=parts, **blocks(heads, width // heads),
     )  # fmt: skip
     return outs
 
@@ -245,35 +220,32 @@ def launch_backward(
     """Of what needs says, streams first, then q's and k's weight of each: packed gradients [B, N_i, 2 or 3 * width] and
     the weights' gradients. grads: of q, k and v where it was written; xs: the q and k that are normalised."""
     streams, parts, (batch, total, _, head_dim) = len(counts), len(grads), grads[0].shape
-    grads = [_dense(g) for g in grads]
-    dense = spread([_dense(x) for x in xs], norms)
+    grads, shape, wanted = [_dense(g) for g in grads], blocks(heads, head_dim), needs[streams:]
     outs = [
         grads[0].new_empty(batch, n, parts * heads * head_dim) if need else None
         for n, need in zip(counts, needs[:streams], strict=True)
     ]
-    shape = blocks(heads, head_dim)
-    tokens = blocks_of(batch * total, PROGRAMS) if any(needs[streams:]) else 1
-    rows = [batch * blocks_of(n, tokens) for n in counts for _ in "qk"]
-    partials = [
-        grads[0].new_empty(n, shape["WIDTH"], dtype=torch.float32) if need else None
-        for n, need in zip(rows, needs[streams:], strict=True)
-    ]
-    of_weights = spread([w.contiguous() for w in weights], norms)
+    tokens = blocks_of(batch * total, PROGRAMS) if any(wanted) else 1
+    rows = [batch * blocks_of(counts[i // 2], tokens) for i, need in enumerate(wanted) if need]
+    partials = [grads[0].new_empty(n, shape["WIDTH"], dtype=torch.float32) for n in rows]
+    of_xs = spread([_dense(x) for x in xs], norms, parts)
     launch(
         "joint_qkv_backward", _backward_kernel, (parts * sum(blocks_of(n, tokens) for n in counts), batch),
-        tuple(grads), tuple(n for g in grads for n in g.stride()[:3]), tuple(dense),
-        tuple(n for x in dense for n in ((0, 0) if x is None else x.stride()[:2])), tuple(of_weights),
-        *([t.contiguous() for t in rope] or (None, None)), tuple(outs), tuple(partials), tuple(counts), tokens, eps,
+        tuple(grads), tuple(n for g in grads for n in g.stride()[:3]), tuple(of_xs),
+        tuple(n for x in of_xs for n in ((0, 0) if x is None else x.stride()[:2])),
+        tuple(spread([w.contiguous() for w in weights], norms, parts)),
+        *([t.contiguous() for t in rope] or (None, None)), tuple(outs), tuple(spread(partials, wanted, parts)),
+        tuple(counts), tokens, eps,
         STREAMS=streams, PARTS=parts, **shape, maxnreg=registers(shape["num_warps"], grads[0].dtype),
     )  # fmt: skip
-    found = [(p, n, w) for p, n, w in zip(partials, rows, of_weights, strict=True) if p is not None and w is not None]
-    dweights = [torch.empty_like(w) for _, _, w in found]
-    if found:
+    learned = zip(spread(weights, norms), wanted, strict=True)
+    dweights = [torch.empty_like(w) for w, need in learned if need and w is not None]
+    if dweights:
         columns = min(8, shape["WIDTH"])
         launch(
-            "joint_qkv_backward", _weights_kernel, (shape["WIDTH"] // columns, len(found)),
-            tuple(p for p, _, _ in found), tuple(n for _, n, _ in found), tuple(dweights),
-            D=head_dim, WIDTH=shape["WIDTH"], ROWS=512, COLUMNS=columns, WEIGHTS=len(found), EMULATE=INTERPRET,
+            "joint_qkv_backward", _weights_kernel, (shape["WIDTH"] // columns, len(dweights)),
+            tuple(partials), tuple(rows), tuple(dweights),
+            D=head_dim, WIDTH=shape["WIDTH"], ROWS=512, COLUMNS=columns, WEIGHTS=len(dweights), EMULATE=INTERPRET,
             num_warps=8,
         )  # fmt: skip
     return [t for t in outs if t is not None] + dweights

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -101,8 +102,8 @@ def _check(streams: Sequence[QKV], heads: int, rope: Rope | None) -> None:
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on interleaved pairs. x: [B, N, heads, head_dim]; cos, sin: [N, head_dim], of x's dtype."""
-    (even, odd), (c, s) = x.unflatten(-1, (-1, 2)).unbind(-1), (t.unflatten(-1, (-1, 2))[:, None] for t in (cos, sin))
-    return torch.stack((even * c[..., 0] - odd * s[..., 0], odd * c[..., 1] + even * s[..., 1]), -1).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos[:, None] + torch.stack((-odd, even), -1).flatten(-2) * sin[:, None]
 
 
 def joint_qkv_reference(
@@ -120,7 +121,7 @@ def joint_qkv_reference(
         if any(w is not None for w in weights):
             tensors = [t.unflatten(-1, (heads, -1)).to(fp) for t in tensors]
             tensors = [
-                t if w is None else t * (t.square().mean(-1, keepdim=True) + eps).rsqrt() * w.to(fp)
+                t if w is None else F.rms_norm(t, t.shape[-1:], w.to(fp), eps)
                 for t, w in zip(tensors, weights, strict=True)
             ]
         out = joined(tensors)
@@ -150,7 +151,8 @@ def _needs(of_tensors: Sequence[bool], of_weights: Sequence[bool], parts: Sequen
 
 def _gradients(found: Sequence[Tensor], needs: Sequence[bool], parts: Sequence[int], norms: Sequence[bool]):
     """(of tensors, of weights) in the inputs' order, None where not needed."""
-    by_need = spread(found, needs)
+    rest = iter(found)
+    by_need = [next(rest) if need else None for need in needs]
     tensors: list[Tensor | None] = []
     for n, packed in zip(parts, by_need, strict=False):
         tensors += [packed] if n == 1 else [None] * n if packed is None else packed.chunk(n, -1)
@@ -169,7 +171,7 @@ class _JointQKV(torch.autograd.Function):
     def forward(ctx: Any, call: Call, rope: Sequence[Tensor], *flat: Tensor):
         tensors, weights = flat[: sum(call.parts)], flat[sum(call.parts) :]
         views = _views(tensors, call.parts)
-        outs = launch_forward(views, weights, rope, call.norms, call.heads, call.eps, len(views) > 1)
+        outs = launch_forward(views, weights, rope, call.norms, call.heads, call.eps, 3 if len(views) > 1 else 2)
         if call.parts[0] == 1 == len(views):
             outs.append(views[0][2].unflatten(-1, (call.heads, -1)))
         xs = _normed(views, call.norms)
@@ -195,7 +197,7 @@ def _op(
     tensors: Sequence[Tensor], weights: Sequence[Tensor], rope: Sequence[Tensor], parts: Sequence[int],
     norms: Sequence[bool], heads: int, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    return launch_forward(_views(tensors, parts), weights, rope, norms, heads, eps, parts[0] != 2)
+    return launch_forward(_views(tensors, parts), weights, rope, norms, heads, eps, 2 if parts[0] == 2 else 3)
 
 
 @_op.register_fake

@@ -13,7 +13,7 @@ from senseflow_kernels.qk_norm_rope import _op
 
 EPS = torch.finfo(torch.float32).eps
 BF16 = torch.bfloat16
-HALF = {torch.bfloat16: 2**-9, torch.float16: 2**-11, torch.float32: 2**-24}  # half an ulp, relative
+HALF = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-25}  # half an ulp of values in [0.5, 1)
 NORM_EPS = 1e-6
 
 
@@ -105,8 +105,10 @@ def gradient_terms(streams, heads, rope, grads) -> list[Tensor]:
 
 def close(value: Tensor, truth: Tensor, terms: Tensor, times: int) -> None:
     """|error| <= times eps of the absolute terms, and half an ulp of the value's dtype."""
-    smallest = 2**-25 if value.dtype == torch.float16 else 0  # half of fp16's smallest subnormal
-    bound = times * EPS * terms + HALF[value.dtype] * truth.abs() * (1 + 1e-3) + smallest
+    half = HALF[value.dtype] * torch.exp2(torch.frexp(truth.detach()).exponent.double())
+    if value.dtype == torch.float16:
+        half = half.clamp_min(2**-25)  # subnormals
+    bound = times * EPS * terms + half
     error = (value.double() - truth).abs()
     assert value.shape == truth.shape and (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"
 
@@ -131,17 +133,18 @@ def check(streams, leaves, heads, rope) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "kind"),
+    ("counts", "rope", "kind"),
     [
-        ((2, 3), dict(packed=(0, 1), batch=2)), ((3, 1), dict(packed=(1,))), ((2, 2), dict(head_dim=128, heads=2)),
-        ((3,), dict(packed=(0,), head_dim=64)), ((3,), {}), ((2, 1), dict(heads=1, head_dim=6)),
-        ((1, 2), dict(dtype=BF16, weight_dtype=torch.float32, packed=(0,))), ((2, 1), dict(dtype=torch.float16)),
-        ((2, 1), dict(norms=False)),
+        ((2, 1), True, dict(packed=(0, 1), batch=2)), ((1, 2), True, dict(head_dim=128, heads=2)),
+        ((1, 2), False, dict(head_dim=64, packed=(1,))), ((3,), True, dict(packed=(0,))), ((2,), False, {}),
+        ((2, 1), True, dict(heads=1, head_dim=6)), ((2, 1), True, dict(norms=False)),
+        ((1, 1), False, dict(norms=False)),
+        ((1, 2), True, dict(dtype=BF16, weight_dtype=torch.float32, packed=(0,))),
+        ((2, 1), False, dict(dtype=torch.float16)),
     ],
     ids=lambda v: str(v).replace(" ", ""),
 )  # fmt: skip
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
-def test_values_and_gradients_against_fp64(counts, kind, rope, device):
+def test_values_and_gradients_against_fp64(counts, rope, kind, device):
     """One launch forward; backward one, and one for the weights."""
     streams, leaves = make(counts, device=device, **kind)
     heads, head_dim = kind.get("heads", 3), kind.get("head_dim", 16)
@@ -173,8 +176,8 @@ def test_more_heads_than_a_tile_and_several_tokens_a_program(monkeypatch, device
 def compare(theirs, ours, leaves) -> None:
     """q, k, v and the gradients of a random functional of them, in fp32.
 
-    Both round like `check` says, theirs at a few more places; the leaves' gradients come through the same GEMMs,
-    whose sums of at most 5 x 32 terms have terms of the size of the whole tensor's norm at most.
+    Values are a few units: 1e-5 of them is 40 roundings where `check` counts about ten a side. The gradients go on
+    through the same sums in both, so the error of their norm stays as small.
     """
     assert len(theirs) == len(ours) == 3
     for a, b in zip(theirs, ours, strict=True):
@@ -281,7 +284,7 @@ def test_runs_are_identical(monkeypatch, device):
 def test_views_in_and_strided_gradients_back(device):
     """q, k, v as views of a wider GEMM output with the batch inside; gradients as scaled_dot_product_attention's
     [B, heads, N, D]; a broadcast one, whose last stride is 0, is copied. All equal those of contiguous tensors."""
-    wide = torch.randn(2, 2, 200, device=device).transpose(0, 1).requires_grad_()  # 3 * 48 of it are used
+    wide = torch.randn(2, 2, 208, device=device).transpose(0, 1).requires_grad_()  # 3 * 48 of it are used
     weights = [torch.randn(16, device=device) for _ in range(2)]
     q, k, v = wide[..., 8:56], wide[..., 56:104], wide[..., 104:152]
     views = joint_qkv([QKV(q, k, v, *weights), QKV(q[:, :1], k[:, :1], v[:, :1], *weights)], 3)
@@ -328,7 +331,8 @@ def test_needs_input_grad(want, device):
         leaf.requires_grad_(i in want)
     before = _launch.launches["joint_qkv_backward"]
     found = torch.autograd.grad(joint_qkv(streams, 3, rope=rope), [leaves[i] for i in want], grads)
-    assert all(torch.equal(f, every[i]) for f, i in zip(found, want, strict=True))
+    for value, i in zip(found, want, strict=True):
+        torch.testing.assert_close(value, every[i], rtol=1e-5, atol=1e-5)  # another kernel may contract otherwise
     weights = any(i % 5 > 2 for i in want)
     assert _launch.launches["joint_qkv_backward"] - before == 1 + weights
 
@@ -446,7 +450,7 @@ def test_compiles_without_a_graph_break(counts, packed, device):
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     counts=st.lists(st.integers(1, 2), min_size=1, max_size=2), batch=st.integers(1, 2), heads=st.integers(1, 3),
     head_dim=st.sampled_from([2, 4, 10, 32]), norms=st.booleans(), rope=st.booleans(), seed=st.integers(0, 99),
@@ -480,11 +484,12 @@ def test_at_full_size_against_the_torch_path(kind, device):
         want = joint_qkv(streams, heads, rope=rope)
         exact = torch.autograd.grad(want, leaves, grads)
     for a, b in zip(out, want, strict=True):
-        # Two fp32 results a few eps apart round to the same bf16 or to neighbours; 1e-6 where RoPE's terms cancel.
-        assert ((a.float() - b.float()).abs() <= 2**-7 * b.float().abs() + 1e-6 * 10).all()
+        # Two fp32 results a few eps apart round to the same bf16 or to neighbours; 1e-5 where RoPE's terms, a few
+        # units at most, cancel.
+        assert ((a.float() - b.float()).abs() <= 2**-7 * b.float().abs() + 1e-5).all()
     for a, b in zip(found, exact, strict=True):
-        # torch's gradients take the same fp32 steps but round dq in bf16 through the casts' backward once too
-        assert (a.float() - b.float()).norm() <= 2**-8 * b.float().norm()
+        # Both round once, to neighbours at worst; nearly all to the same.
+        assert (a.float() - b.float()).norm() <= 2**-10 * b.float().norm()
 
 
 @pytest.mark.gpu
