@@ -94,6 +94,22 @@ def capture(fn: Callable[[], Any], calls: int) -> Any:
     return graph
 
 
+def for_backward(forward: Callable[[], Any]) -> Any:
+    """What forward gives, such that its backward alone can be timed, captured too.
+
+    Autograd runs a backward on its forward's stream: only from the capture's own can a graph take it alone.
+    """
+    if not CUDA:
+        return forward()
+    stream = torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream
+    assert stream is not None
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    return out
+
+
 def a_round(fn: Callable[[], Any], mode: str) -> tuple[Callable[[], None], int]:
     """(one timed round, calls in it). Compilation, autotuning and capture happen here, outside of every round."""
     once = seconds_of(fn)

@@ -40,11 +40,12 @@ CASES = [
 ]
 if not CUDA:
     CASES = [case._replace(heads=2, head_dim=32, image=64, text=16) for case in CASES]
-# form -> (fused, compiled, SDPA by the order that is best on Hopper)
+# form -> (fused, compiled, SDPA by the order that is best on Hopper: the honest rival)
 FORMS = {
     "diffusers": (False, False, False), "compile": (False, True, False), "compile, cuDNN first": (False, True, True),
     "ours": (True, False, False), "ours, compile": (True, True, False),
 }  # fmt: skip
+KINDS = {"diffusers": "eager", "compile": "compile", "compile, cuDNN first": "rival"}
 
 
 def model_of(case: Case) -> nn.Module:
@@ -139,7 +140,7 @@ def test_block(measure, leave_out, case: Case, form: str, part: str) -> None:
     weights = sum(p.nbytes for p in block.parameters())
     tokens = sum(t.nbytes for t in moved(inputs, DTYPE).values() if isinstance(t, Tensor))
     measure(
-        op=op, case=name, form=form, kind="ours" if fused else "compile" if compiled else "eager", mode="call", fn=call,
+        op=op, case=name, form=form, kind=KINDS.get(form, "ours"), mode="call", fn=call,
         bytes=(weights + 2 * tokens) * (1 if part == "fwd" else 3), error=error,
         tolerance=2**-4 if CUDA else 1e-5,  # bf16: a dozen roundings of 2^-9 in a row, and sums that cancel
     )  # fmt: skip

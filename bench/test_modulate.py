@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
-from bench.harness import CUDA, DEVICE, MODES, relative_error
+from bench.harness import CUDA, DEVICE, MODES, for_backward, relative_error
 from senseflow_kernels import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -54,7 +55,7 @@ OPS = {
 }  # fmt: skip
 FLUX = [Case("FLUX", op, b, 4608, 3072, BF16) for b in (1, 4) for op in ("modulate", "gate", "gate modulate")]
 LARGE = [Case("SD3.5L", op, b, 4429, 2432, BF16) for b in (1, 4) for op in ("modulate", "gate modulate")]
-MEDIUM = [Case("SD3.5M", op, 1, 4096, 1536, BF16) for op in ("modulate2", "2 gates modulate")]
+MEDIUM = [Case("SD3.5M", op, b, 4096, 1536, BF16) for b in (1, 4) for op in ("modulate2", "2 gates modulate")]
 SMALL = [Case("embedded", op, 8, 256, 192, FP32) for op in OPS]
 CASES = FLUX + LARGE + MEDIUM if CUDA else SMALL
 FORMS = ["ours", "diffusers", "compile"]
@@ -90,8 +91,10 @@ def as_diffusers(groups: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
 
 @functools.cache
 def compiled(case: Any) -> Run:
-    """One per case and nothing left of the last: its guards would be tried first."""
+    """One per case and nothing left of the last: its guards would be tried first. Donated buffers would forbid a second
+    backward of one forward."""
     torch._dynamo.reset()
+    functorch_config.donated_buffer = False
     return torch.compile(as_diffusers, dynamic=False)
 
 
@@ -133,24 +136,32 @@ def tolerance(form: str, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backward", [True, False], ids=["fwd+bwd", "fwd"])
+@pytest.mark.parametrize("part", ["fwd+bwd", "fwd", "bwd"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}".replace(" ", "-"))
-def test_modulate(measure, leave_out, case: Case, backward: bool, form: str, mode: str) -> None:
-    op = f"adaLN {case.op} {'fwd+bwd' if backward else 'fwd'}"
+def test_modulate(measure, leave_out, case: Case, part: str, form: str, mode: str) -> None:
+    op = f"adaLN {case.op} {part}"
     if form == "compile" and not CUDA:
         leave_out(op, case.name, form, "torch.compile is timed on CUDA alone")
-    run: Run = {"ours": ours, "diffusers": as_diffusers}.get(form) or compiled((case, backward))
+    run: Run = {"ours": ours, "diffusers": as_diffusers}.get(form) or compiled((case, part))
     groups = inputs(case)
     dout = [torch.randn_like(o) for o in run(groups)]
-    passes = OPS[case.op].forward + (OPS[case.op].backward if backward else 0)
+    passes = sum({"fwd": OPS[case.op].forward, "bwd": OPS[case.op].backward}[p] for p in part.split("+"))
 
     def forward() -> Sequence[Tensor]:
         with torch.no_grad():
             return run(groups)
 
+    def both() -> Sequence[Tensor]:
+        return torch.autograd.grad(run(groups), flat(groups), dout)
+
+    out = for_backward(lambda: run(groups)) if part == "bwd" else []
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(out, flat(groups), dout, retain_graph=True)
+
     measure(
         op=op, case=case.name, form=form, kind=KINDS[form], mode=mode,
-        fn=(lambda: torch.autograd.grad(run(groups), flat(groups), dout)) if backward else forward,
+        fn={"fwd": forward, "bwd": backward, "fwd+bwd": both}[part],
         bytes=passes * groups[0][0].numel() * groups[0][0].element_size(),
         error=max(errors(run, groups, dout)), tolerance=tolerance(form, case.dtype),
     )  # fmt: skip

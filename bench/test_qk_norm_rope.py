@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from bench import peers
-from bench.harness import CUDA, DEVICE, MODES, relative_error
+from bench.harness import CUDA, DEVICE, MODES, for_backward, relative_error
 from senseflow_kernels import QKV, joint_qkv
 from senseflow_kernels.qk_norm_rope import joint_qkv_reference
 
@@ -108,16 +108,7 @@ def step_of(x: Inputs, form: Form, what: str) -> Callable[[], tuple[Tensor, ...]
         return lambda: x.forward(form)
     if what == "fwd+bwd":
         return lambda: x.backward(x.forward(form))
-    if not CUDA:
-        out = x.forward(form)
-        return lambda: x.backward(out)
-    # Autograd runs a backward on its forward's stream: only from the capture's own can a graph take it alone.
-    stream = torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream
-    assert stream is not None
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        out = x.forward(form)
-    torch.cuda.current_stream().wait_stream(stream)
+    out = for_backward(lambda: x.forward(form))
     return lambda: x.backward(out)
 
 

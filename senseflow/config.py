@@ -259,6 +259,14 @@ class Log(Section):
 class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
+    fuse: Literal["auto", "true", "false"] = doc(
+        "MMDiT blocks of student, fake and teacher on the fused operations; auto: where their kernels run, so not on a "
+        "CPU; SDXL's U-Net has no such blocks", "auto"
+    )  # fmt: skip
+    attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "xformers", "efficient", "math", "torch"] = doc(
+        "attention backend of fused blocks; auto: SENSEFLOW_ATTENTION or the first of the published order that works",
+        "auto",
+    )
 
 
 @dataclass(frozen=True)

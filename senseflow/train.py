@@ -29,7 +29,7 @@ from senseflow.evaluate import make_evaluator
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
-from senseflow.models.families import DTYPES, make_adapter
+from senseflow.models.families import DTYPES, fuse_networks, make_adapter
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -78,6 +78,7 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+    fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
         return train(args)
-    except UserError as error:
+    except (UserError, senseflow_kernels.Unavailable) as error:
         print(f"senseflow.train: {error}", file=sys.stderr)
         return 2
 

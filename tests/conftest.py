@@ -69,6 +69,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def selected(request: pytest.FixtureRequest):
+    """selected("name", ...): the values these parameters have, together, in the module's tests that are run, each once.
+    What is costly for each of them is then made for no others. One name gives plain values, more give tuples."""
+
+    def values(*names: str) -> list:
+        here = [item for item in request.session.items if item.path == request.path]
+        params = [
+            item.callspec.params for item in here if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        ]
+        found = [tuple(p[name] for name in names) for p in params if all(name in p for name in names)]
+        return list(dict.fromkeys(f[0] if len(names) == 1 else f for f in found))
+
+    return values
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""

@@ -127,6 +127,29 @@ def test_lerp_targets() -> None:
     assert found["lerp split: within 10 % of its byte floor"] == "not measured"
 
 
+def test_attention_and_block_targets() -> None:
+    """Against the fastest of torch's and the packages' backends; the compiled form against the compiled rivals."""
+
+    def attention(form: str, kind: str, us: float) -> dict:
+        return row(form, kind, us, op="attention fwd+bwd", case="FLUX", mode="call")
+
+    def block(form: str, kind: str, us: float, case: str = "FLUX single block") -> dict:
+        return row(form, kind, us, op="mmdit fwd+bwd", case=case, mode="call")
+
+    rows = [attention("ours", "ours", 102), attention("cudnn", "torch", 102), attention("fa3", "package", 100)]
+    rows += [attention("math", "torch", 900), block("ours", "ours", 100), block("diffusers", "eager", 126)]
+    rows += [block("ours, compile", "ours", 90), block("compile", "compile", 95), block("compile, cuDNN", "rival", 91)]
+    verdicts = {t.text: (measured, verdict) for t, measured, verdict in targets.judge(rows)}
+    assert verdicts["attention fwd+bwd: within 3 % of the fastest backend"] == ("0.98x fa3 (FLUX)", "pass")
+    assert verdicts["attention fwd+bwd: no slower than cuDNN, but for 1 % of noise"] == ("1.00x cudnn (FLUX)", "pass")
+    assert verdicts["attention fwd: within 3 % of the fastest backend"][1] == "not measured"
+    assert verdicts["MMDiT block fwd+bwd: 1.25x eager diffusers"][1] == "pass"
+    compiled = verdicts["MMDiT block fwd+bwd, compiled: 1.08x compiled diffusers"]
+    assert compiled == ("1.06x compile (FLUX single block)", "fail")
+    rival = "MMDiT block fwd+bwd, compiled: no slower than compiled diffusers with cuDNN first"
+    assert verdicts[rival] == ("1.01x compile, cuDNN (FLUX single block)", "pass")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -31,30 +31,49 @@ _said: set[str] = set()
 # -- what these forwards do not cover ------------------------------------------------------------------------------
 
 
-def bypassed(block: nn.Module) -> list[nn.Module]:
-    """Modules of the block that are not called here, only their parts."""
-    names = ("attn", "attn2", "norm", "norm1", "norm1_context", "norm2", "norm2_context")
-    found = [getattr(block, name, None) for name in names]
-    return [module for module in found if module is not None]
+# Modules that are not called here, only what lies in them: of a block, and of these.
+BYPASSED = ("attn", "attn2", "norm", "norm1", "norm1_context", "norm2", "norm2_context")
+INSIDE = ("norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def reason_against(block: nn.Module, attention_kwargs: dict[str, Any] | None) -> str | None:
-    """Why this call must run the block's own forward."""
+    """Why this call must run the block's own forward. Asked before every forward, so by plain dictionary look-ups."""
     if attention_kwargs:
         return f"joint_attention_kwargs {sorted(attention_kwargs)}"
-    if getattr(block, "_chunk_size", None) is not None:
+    if block.__dict__.get("_chunk_size") is not None:
         return "feed-forward chunking"
-    for module in bypassed(block):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"hooks on its {type(module).__name__}"
-        processor = getattr(module, "processor", None)
-        if processor is None:
+    for name in BYPASSED:
+        module = block._modules.get(name)
+        if module is None:
             continue
-        if type(processor).__name__ not in PROCESSORS:
-            return f"the attention processor {type(processor).__name__}"
-        for setting in ("_attention_backend", "_parallel_config"):
-            if getattr(processor, setting, None) is not None:
-                return f"the processor's {setting.removeprefix('_')}"
+        # a processor with weights of its own, such as IP-Adapter's, is a module of the module
+        processor = module.__dict__.get("processor") or module._modules.get("processor")
+        if why := _unheard(module) or _processor(processor):
+            return why
+        for part in INSIDE:
+            inner = module._modules.get(part)
+            if inner is not None and (why := _unheard(inner)):
+                return why
+    return None
+
+
+def _unheard(module: nn.Module) -> str | None:
+    """What stands around the module's call, and would be passed by."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks on its {type(module).__name__}"
+    if "forward" in module.__dict__:  # as diffusers' and accelerate's hooks put there: caches, offload
+        return f"another forward on its {type(module).__name__}"
+    return None
+
+
+def _processor(processor: Any) -> str | None:
+    if processor is None:
+        return None
+    if type(processor).__name__ not in PROCESSORS:
+        return f"the attention processor {type(processor).__name__}"
+    for setting in ("_attention_backend", "_parallel_config"):
+        if getattr(processor, setting, None) is not None:
+            return f"the processor's {setting.removeprefix('_')}"
     return None
 
 

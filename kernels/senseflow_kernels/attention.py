@@ -46,6 +46,9 @@ OTHERS = ("flash", "fa2", "cudnn", "xformers", "efficient", "math")
 NOT_CUDA = ("torch", "math")
 
 _forced = os.environ.get("SENSEFLOW_ATTENTION", "auto")
+# Of the `with attention_backend` in force, the last entered at the end. Of the process, not of a thread: a backward,
+# which runs a checkpointed forward again, has a thread of its own.
+_inside: list[list[str]] = []
 _choices: dict[tuple[str, tuple], str] = {}
 _verdicts: dict[tuple[str, Key], Reason | None] = {}
 _lock = threading.RLock()
@@ -152,28 +155,37 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 
 def set_attention_backend(name: str) -> None:
-    """From now on every call of this process runs on it; "auto" chooses again. Also SENSEFLOW_ATTENTION.
+    """From now on every call of this process runs on it, but for those inside a `with attention_backend`; "auto"
+    chooses again. Also SENSEFLOW_ATTENTION.
 
     Raises ValueError for an unknown name, Unavailable where its package is not installed.
     """
     global _forced
+    _installed(name)
+    _forced = name
+
+
+def _installed(name: str) -> None:
     missing = {other: found for other in PACKAGES if isinstance(found := package(other), Reason)}
     if known(name) in missing:
         here = ", ".join(["auto", *(other for other in BACKENDS if other not in missing)])
         raise Unavailable(f"attention backend {name!r} cannot run: {missing[name].text}; allowed: {here}")
-    _forced = name
 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Inside: as `set_attention_backend`. With activation checkpointing the backward belongs inside too."""
-    global _forced
-    before = _forced
-    set_attention_backend(name)
+    """Inside every call of this process runs on it, those of other threads too; the last one entered holds. Errors as
+    of `set_attention_backend`. With activation checkpointing the backward belongs inside.
+    """
+    _installed(name)
+    entry = [name]  # found again by identity, for two threads may leave in either order
+    with _lock:
+        _inside.append(entry)
     try:
         yield
     finally:
-        _forced = before
+        with _lock:
+            _inside[:] = [other for other in _inside if other is not entry]
 
 
 def available_backends(
@@ -225,7 +237,7 @@ def joint_attention(
     call of a kind probes (see the module). Raises ValueError for other shapes, dtypes or names, Unavailable where the
     named backend cannot run, with the reason and those that can.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         lower = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(lower), k.to(lower), v.to(lower)
     _check(q, k, v, mask)
@@ -235,8 +247,9 @@ def joint_attention(
         # cuDNN reads a mask of another dtype as if it were q's: pytorch#191612
         mask = mask.to(q.dtype)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    forced = _inside[-1][0] if _inside else _forced
     name = _choose(
-        _forced if backend is None else known(backend), q.device, q.dtype,
+        forced if backend is None else known(backend), q.device, q.dtype,
         *_shape_class(q.shape[1], k.shape[1], q.shape[2], q.shape[3]), mask is not None, grad,
         torch.compiler.is_compiling(),
     )  # fmt: skip

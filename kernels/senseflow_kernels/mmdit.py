@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -31,10 +31,14 @@ class Kind(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What a fused block remembers. before: of its __dict__, what compile() replaces."""
+    """What a fused block remembers. compiled: its compiled call, where `fuse_mmdit` made it; before: what was there."""
 
     attention: str | None
-    before: dict[str, Any]
+    compiled: Any = None
+    before: Any = None
+
+    def __reduce__(self) -> tuple[type[Fused], tuple[str | None]]:
+        return Fused, (self.attention,)  # a copy of a module is not compiled, and compiled code cannot be pickled
 
 
 _DOUBLE = {"norm1": 6, "norm1_context": 6}
@@ -176,11 +180,11 @@ def fuse_mmdit(model: Model, *, attention: str | None = None, compile: bool | st
     for where, kind, block in blocks:
         _check(where, kind, block)
     for _, kind, block in blocks:
-        before = {name: block.__dict__[name] for name in ("_compiled_call_impl",) if name in block.__dict__}
-        block._senseflow = Fused(attention, before)  # type: ignore[assignment]
-        block.forward = MethodType(kind.forward, block)
+        before = block.__dict__.get("_compiled_call_impl")
+        block.forward = partial(kind.forward, block)  # not a method: pickle would look for its name in the class
         if compile:
             block.compile(fullgraph=True, **({} if compile is True else {"backend": compile}))
+        block._senseflow = Fused(attention, block._compiled_call_impl if compile else None, before)  # type: ignore[assignment]
     return model
 
 
@@ -191,11 +195,13 @@ def unfuse_mmdit(model: Model) -> Model:
     """
     fused = [(where, kind, block) for where, kind, block in _blocks(model) if "_senseflow" in block.__dict__]
     for where, kind, block in fused:
-        if getattr(block.__dict__.get("forward"), "__func__", None) is not kind.forward:
+        if getattr(block.__dict__.get("forward"), "func", None) is not kind.forward:
             raise ValueError(f"{where}.forward was replaced after fuse_mmdit: remove that hook first")
     for _, _, block in fused:
-        before = block.__dict__.pop("_senseflow").before
+        mine = block.__dict__.pop("_senseflow")
         del block.__dict__["forward"]
-        block.__dict__.pop("_compiled_call_impl", None)
-        block.__dict__.update(before)
+        if mine.compiled is not None and block.__dict__.get("_compiled_call_impl") is mine.compiled:
+            del block.__dict__["_compiled_call_impl"]
+            if mine.before is not None:
+                block.__dict__["_compiled_call_impl"] = mine.before
     return model

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from senseflow.config import Model, UserError
+import senseflow_kernels
+from senseflow.config import Kernels, Model, UserError
 from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+from senseflow_kernels import fuse_mmdit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +43,7 @@ def _sdxl(model: Model, source: str, device: torch.device) -> Any:
 FAMILIES: dict[str, Callable[[Model, str, torch.device], Any]] = {
     "embedded": _embedded, "sd35": _sd3, "flux": _flux, "sdxl": _sdxl,
 }  # fmt: skip
+FUSED = ("embedded", "sd35", "flux")  # whose networks are MMDiTs that `fuse_mmdit` knows; SDXL's is a U-Net
 
 
 def compute(model: Model, device: torch.device) -> torch.dtype:
@@ -59,3 +63,26 @@ def make_adapter(model: Model, device: torch.device, source: str | Path = "") ->
             f"model.teacher = '': family {model.family!r} needs a diffusers folder or a hub id: --teacher PATH"
         )
     return FAMILIES[model.family](model, where, device)
+
+
+def fuse_networks(kernels: Kernels, family: str, device: torch.device, *networks: nn.Module) -> bool:
+    """Puts the networks' blocks on the fused operations, in place, as `kernels` says; returns whether it did.
+
+    Weights, state dict, class and config stay diffusers' own, so saving, copying and resuming do not notice.
+    Raises UserError for kernels.attention where nothing heeds it, and for a diffusers that `fuse_mmdit` does not know.
+    """
+    wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and senseflow_kernels.is_available(device))
+    if family not in FUSED or not wanted:
+        if kernels.attention != "auto":
+            why = f"kernels.fuse = {kernels.fuse!r} on {device.type}" if family in FUSED else f"family {family!r}"
+            raise UserError(
+                f"kernels.attention = {kernels.attention!r}: fused blocks alone heed it, and {why} has none; "
+                "allowed is auto"
+            )
+        return False
+    try:
+        for net in networks:
+            fuse_mmdit(net, attention=None if kernels.attention == "auto" else kernels.attention)
+    except ValueError as error:
+        raise UserError(f"{error}; --kernels.fuse false runs it unfused") from None
+    return True

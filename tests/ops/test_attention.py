@@ -75,6 +75,26 @@ def test_strides(backend):
     )
 
 
+@pytest.mark.parametrize("dim", [1, 3, 20, 80, 256, 264])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (3, 200), (200, 2), (65, 129)])
+def test_odd_sizes(rows, columns, dim):
+    assert_exact(joint_attention, *tensors(1, rows, columns, dim=dim))
+
+
+def test_nothing_to_attend():
+    """Without queries or samples there is nothing; what sees no key is 0, as in torch's SDPA."""
+    for batch, rows, columns in ((0, 3, 3), (2, 0, 5), (2, 5, 0)):
+        q, k, v, dout = tensors(batch, rows, columns)
+        out, *grads = gradients(joint_attention, q, k, v, dout)
+        assert out.shape == q.shape and not out.any() and not any(g.any() for g in grads)
+
+
+def test_meta_tensors():
+    """Shapes alone: what counts FLOPs or memory ahead needs no trial, and could not run one."""
+    q, k, v, _ = (t.to("meta") for t in tensors())
+    assert joint_attention(q, k, v).shape == q.shape and joint_attention(q, k, v).is_meta
+
+
 def test_autocast_casts_as_sdpa_does():
     q, k, v, _ = tensors()
     with torch.autocast("cpu", BF16):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -279,6 +280,37 @@ def test_override(caplog):
     set_attention_backend("auto")
     joint_attention(q, k, v)
     assert [line.split()[3] for _, line in chosen(caplog)] == ["math", "flash", "torch", "torch"]
+
+
+def test_overrides_left_in_another_order():
+    """As two threads may: the first to enter is the first to leave, and nothing stays behind."""
+    q, k, v, _ = tensors()
+    first, second = attention_backend("math"), attention_backend("flash")
+    with first:
+        second.__enter__()
+    joint_attention(q, k, v)
+    second.__exit__(None, None, None)
+    joint_attention(q, k, v)
+    assert list(attention._choices.values()) == ["flash", "torch"]
+
+
+def test_the_process_choice_waits_for_the_with():
+    q, k, v, _ = tensors()
+    with attention_backend("math"):
+        set_attention_backend("flash")
+        joint_attention(q, k, v)
+    joint_attention(q, k, v)
+    assert list(attention._choices.values()) == ["math", "flash"]
+
+
+def test_threads_probe_once(monkeypatch):
+    trials = []
+    known = _attention_probe.run
+    monkeypatch.setattr(_attention_probe, "run", lambda *call: trials.append(call[1:]) or known(*call))
+    q, k, v, _ = tensors()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: joint_attention(q, k, v), range(8)))
+    assert len(trials) == 1 and all(torch.equal(out, found[0]) for out in found)
 
 
 def test_override_errors(hopper):

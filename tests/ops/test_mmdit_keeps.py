@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -87,6 +88,42 @@ def test_other_settings_run_the_blocks_own_forward(said):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("part", ["attn.norm_q", "attn.norm_added_k", "attn2.norm_k", "norm1.norm", "norm1_context"])
+def test_hooks_on_parts_run_the_blocks_own_forward(said, part):
+    """Each of these modules is bypassed: a fused forward would pass by the hook in silence."""
+    model = fuse_mmdit(build("SD3.5 Medium"))
+    calls = []
+    model.transformer_blocks[0].get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+    results(model, FP32)
+    assert calls == [1] and "hooks on its" in said()[0]
+
+
+def test_replaced_forward_of_attention_runs(said):
+    """As diffusers' caches (pyramid attention broadcast) and accelerate's offload replace it."""
+    model, calls = fuse_mmdit(build("FLUX dev")), []
+    attn = model.single_transformer_blocks[0].attn
+    own = attn.forward
+    attn.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    results(model, FP32)
+    assert calls == [1] and said()[0].endswith("another forward on its FluxAttention")
+
+
+def test_processors_with_weights_run_the_blocks_own_forward(said):
+    """IP-Adapter's is a module: it does not lie where other processors do."""
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    model = build("SD3", FP64)
+    for block in model.transformer_blocks:
+        sizes = dict(hidden_size=32, ip_hidden_states_dim=12, head_dim=16, timesteps_emb_dim=8)
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(**sizes).double())
+    prompt = dict(ip_hidden_states=torch.randn(2, 3, 12, dtype=FP64), temb=torch.randn(2, 8, dtype=FP64))
+    for extra in (None, dict(joint_attention_kwargs=prompt)):
+        truth = results(unfuse_mmdit(model), FP64, extra)
+        assert_equal(results(fuse_mmdit(model), FP64, extra), truth)
+    assert "the attention processor SD3IPAdapterJointAttnProcessor2_0" in said()[0]
+    assert "joint_attention_kwargs ['ip_hidden_states', 'temb']" in said()[1]
+
+
 def test_packed_projections_of_sd3_run_the_blocks_own_forward(said):
     """Its processor there leaves out the QK norms."""
     model = build("SD3.5 Large", FP64)
@@ -155,6 +192,28 @@ def test_keeps_a_compiled_block_compiled():
     assert "_compiled_call_impl" not in vars(model.transformer_blocks[1])
 
 
+def test_keeps_what_was_compiled_since():
+    model = fuse_mmdit(build("SD3"))
+    model.transformer_blocks[0].compile(backend="eager")
+    mine = model.transformer_blocks[0]._compiled_call_impl
+    assert unfuse_mmdit(model).transformer_blocks[0]._compiled_call_impl is mine
+    fuse_mmdit(model, compile="aot_eager").transformer_blocks[1].compile(backend="eager")
+    mine = model.transformer_blocks[1]._compiled_call_impl
+    assert unfuse_mmdit(model).transformer_blocks[1]._compiled_call_impl is mine
+
+
+@pytest.mark.parametrize("compile", [False, "aot_eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pickled_model_is_fused(name, compile):
+    """torch.save of a whole module, and what a process is handed."""
+    model = fuse_mmdit(build(name), attention="math", compile=compile)
+    loaded = pickle.loads(pickle.dumps(model))
+    for _, kind, block in mmdit._blocks(loaded):
+        assert block.forward.func is kind.forward and block.forward.args == (block,)
+        assert block._senseflow == mmdit.Fused("math")
+    assert_equal(results(loaded, FP32), results(fuse_mmdit(model, attention="math"), FP32))
+
+
 def test_copy_is_fused_and_its_own():
     model = fuse_mmdit(build("SD3", FP64))
     twin = copy.deepcopy(model)
@@ -163,7 +222,7 @@ def test_copy_is_fused_and_its_own():
             p.mul_(1.5)
     own = unfuse_mmdit(copy.deepcopy(twin))
     assert_close(results(twin, FP64), results(own, FP64), 1e-6)
-    assert twin.transformer_blocks[0].forward.__self__ is twin.transformer_blocks[0]
+    assert twin.transformer_blocks[0].forward.args[0] is twin.transformer_blocks[0]
     assert errors(results(model, FP64), results(twin, FP64))["output"] > 0.01
 
 
