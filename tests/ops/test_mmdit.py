@@ -72,6 +72,7 @@ def test_bf16_is_no_worse_than_unfused(name):
         fused += errors(results(fuse_mmdit(model), BF16), truth).values()
     rms = [torch.tensor(e).square().mean().sqrt().item() for e in (fused, own)]
     assert rms[0] <= 1.1 * rms[1] and rms[1] > 1e-3
+    assert max(own) < 0.1  # roundings alone: no gap of another kind drowns them
 
 
 @pytest.mark.parametrize(("batch", "text", "height", "width"), [(1, 1, 1, 2), (3, 512, 7, 7), (2, 77, 8, 5)])
@@ -185,7 +186,7 @@ def test_gpu_bf16_is_no_worse_than_unfused(name, compile):
         fused += errors(results(model, BF16, kernels=True, **sizes), truth).values()
         assert (launches["modulate"], launches["joint_qkv"]) == LAUNCHES[name]
     rms = [torch.tensor(e).square().mean().sqrt().item() for e in (fused, own)]
-    assert rms[0] <= 1.1 * rms[1]
+    assert rms[0] <= 1.1 * rms[1] and max(own) < 0.2
 
 
 @pytest.mark.gpu
