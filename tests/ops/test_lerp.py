@@ -1,7 +1,10 @@
 """IDA's line: the kernel really launched, against fp64, against torch.lerp bit for bit, and across shards."""
 
+import copy
+import pickle
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -351,7 +354,9 @@ def test_errors():
         ([fp32.half()], [fp32], "stochastic", {}, "keeps phi in bf16"),
         ([fp32], [fp32], "other", {}, "mode must be"),
         ([fp32], [fp32], "fp32", dict(ema=[half], ema_decay=0.5), "ema must be fp32"),
-        ([fp32], [fp32], "fp32", dict(ema_decay=2.0), "ema_decay must"),
+        ([fp32], [fp32], "fp32", dict(ema=[fp32], ema_decay=2.0), "ema_decay in"),
+        ([fp32], [fp32], "fp32", dict(ema_decay=0.9), "ema goes with"),
+        ([fp32], [fp32], "fp32", dict(ema=[fp32]), "ema goes with"),
         ([fp32[::2]], [fp32[:2]], "fp32", {}, "must be dense"),
         ([half.view(2, 2).t()], [half.view(2, 2).t()], "stochastic", {}, "contiguous"),
         ([half], [half], "stochastic", dict(starts=[0, 1]), "starts 2"),
@@ -365,6 +370,54 @@ def test_errors():
     with pytest.raises(ValueError, match="twice"):
         lerp_([fp32, fp32], [half, half], 0.5)
     lerp_([], [], 0.5)
+
+
+def test_a_tensor_on_another_device_is_refused():
+    """The kernels follow bare addresses: one of another device would be read or written as if it were here."""
+    here, there = torch.zeros(4, device=DEVICE), torch.zeros(4, device="meta")
+    for phi, theta in ((here, there), (there, here)):
+        with pytest.raises(ValueError, match=r"tensor 0: phi is on .*, theta on"):
+            lerp_([phi], [theta], 0.5)
+        with pytest.raises(ValueError, match=r"tensor 0: phi is on .*, theta on"):
+            Lerp([phi], [theta])
+
+
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_a_tensor_twice_in_phi_is_refused_on_every_path(path):
+    """Moved twice, or by two programs at once."""
+    phi, theta = torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE)
+    with path(), pytest.raises(ValueError, match="twice"):
+        lerp_([phi, phi], [theta, theta], 0.5)
+    assert not phi.any()
+
+
+def test_any_iterable_and_floating_dtypes_alone():
+    net, other = torch.nn.Linear(3, 2, device=DEVICE), torch.nn.Linear(3, 2, device=DEVICE)
+    expected = [0.5 * (p + q) for p, q in zip(net.parameters(), other.parameters(), strict=True)]
+    lerp_(net.parameters(), other.parameters(), numpy.float32(0.5))
+    Lerp(net.parameters(), other.parameters()).step(1.0)
+    torch.testing.assert_close([*net.parameters()], expected)
+    with pytest.raises(ValueError, match=r"tensor 0: phi must be of a floating dtype, got torch.int64"):
+        lerp_([torch.zeros(2, dtype=torch.int64)], [torch.ones(2)], 0.5)
+
+
+def test_a_plan_is_not_copied():
+    """Its tables hold the addresses of the first one's tensors: a copy would write there, freed or not."""
+    plan = Lerp([torch.zeros(4, device=DEVICE)], [torch.ones(4, device=DEVICE)])
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="build a new one"):
+            copied(plan)
+
+
+def test_a_seed_is_its_64_bits():
+    outs = []
+    for seed in (2**64 - 1, -1, 2**63):
+        p, phi, _ = plan("stochastic", [(64,)], seed=seed)
+        p.step(0.9)
+        outs.append(phi[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    with pytest.raises(ValueError, match="tensor 0: its start must not be negative"):
+        plan("stochastic", [(64,)], starts=[-8])
 
 
 @pytest.mark.gpu

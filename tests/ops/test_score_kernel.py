@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from senseflow_kernels import _launch, dmd_loss, score_gradient
-from senseflow_kernels.score import _op, score_gradient_reference
+from senseflow_kernels.score import _op, _op_gradient, score_gradient_reference
 
 EPS = torch.finfo(torch.float32).eps
 HALF = {torch.bfloat16: 2**-9, torch.float16: 2**-11, torch.float32: 2**-24}  # half an ulp, relative
@@ -179,7 +179,14 @@ def test_without_triton_one_line_and_the_same_values(monkeypatch, caplog, device
         "score_gradient runs in torch, not in Triton: Triton is not installed"
     ]
     torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-5, atol=1e-6)
+    assert _launch.reason_against(device) == "Triton is not installed"
+
+
+def test_a_machine_without_gpu_says_so(monkeypatch):
+    """Triton is there, the device is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not _launch.is_available()
+    assert "sees no CUDA device" in str(_launch.reason_against("cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +196,9 @@ def test_opcheck(dtype, cfg, device):
     tensors[0].requires_grad_()
     if not cfg:
         tensors[4], kw["guidance"] = None, None
-    torch.library.opcheck(_op, (*tensors, kw["sigma"], kw["alpha"], kw["guidance"], True, False, 1e-6))
+    args = (*tensors, kw["sigma"], kw["alpha"], kw["guidance"], True, False, 1e-6)
+    torch.library.opcheck(_op, args)
+    torch.library.opcheck(_op_gradient, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
 
 
 def test_compiles_without_a_graph_break(device):
@@ -204,6 +213,9 @@ def test_compiles_without_a_graph_break(device):
         fn(x).backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+    compiled = torch.compile(score_gradient, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*tensors, **kw), score_gradient(*tensors, **kw), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
