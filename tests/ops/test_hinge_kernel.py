@@ -47,6 +47,18 @@ def test_against_fp64(dtype, weighted, device):
         assert ((a.double() - b).abs() <= (half + 3 * 2**-24) * b.abs() + tiny).all()
 
 
+def test_the_last_program_alone_finishes_and_puts_the_counter_back(monkeypatch, device):
+    """As of the score gradient."""
+    from senseflow_kernels import hinge
+
+    real, fake = heads(3, [(7,), (4100,)], device=device), heads(3, [(7,), (4100,)], device=device, seed=1)
+    for start, end in ((0, 0), (-1, 3 * 3 * 4 - 1)):  # blocks of the larger head, samples, heads
+        counter = torch.full((1,), start, dtype=torch.int32, device=device)
+        monkeypatch.setattr(hinge, "ticket", lambda _, counter=counter: counter)
+        hinge_discriminator(real, fake)
+        assert counter.item() == end
+
+
 def test_runs_are_identical(device):
     real, fake = heads(4, SIZES, device=device), heads(4, SIZES, device=device, seed=1)
     weight = torch.rand(4, generator=torch.Generator().manual_seed(0)).to(device)
