@@ -85,6 +85,7 @@ def hinge_discriminator_reference(real: Sequence[Tensor], fake: Sequence[Tensor]
 
 BLOCK = 2048
 MAX_BLOCKS = 256  # programs a sample and head; beyond, a program takes several tiles
+SLOTS = 1024  # partial sums the last program reads at a time
 
 
 @jit
@@ -170,7 +171,7 @@ def _launch_hinge(real: list[Tensor], fake: list[Tensor], weight: Tensor | None)
         "hinge", _kernel, (blocks, batch, len(heads)),
         tuple(heads), tuple(sizes), tuple(starts), None if weight is None else weight.float().contiguous(),
         grad, partial, loss, stats, ticket(grad.device), 1.0 / count, float(count), tiles,
-        HEADS=len(heads), REALS=sum(t.numel() > 0 for t in real), HINGE=bool(real), BLOCK=block, SLOTS=1024,
+        HEADS=len(heads), REALS=sum(t.numel() > 0 for t in real), HINGE=bool(real), BLOCK=block, SLOTS=SLOTS,
         num_warps=4,
     )  # fmt: skip
     return loss, stats, grad

@@ -59,6 +59,19 @@ def test_the_last_program_alone_finishes_and_puts_the_counter_back(monkeypatch, 
         assert counter.item() == end
 
 
+def test_many_tiles_and_more_programs_than_the_last_reads_at_once(monkeypatch, device):
+    from senseflow_kernels import hinge
+
+    monkeypatch.setattr(hinge, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(hinge, "SLOTS", 8)
+    real, fake = (heads(3, [(10_000,), (7,)], device=device, seed=seed) for seed in (0, 1))
+    weight = torch.tensor([0.25, 1.0, 0.5], device=device)
+    out, grads = losses(real, fake, weight)
+    want, exact = losses([t.double() for t in real], [t.double() for t in fake], weight)
+    for a, b in zip(out + grads, want + exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=8 * torch.finfo(torch.float32).eps)
+
+
 def test_runs_are_identical(device):
     real, fake = heads(4, SIZES, device=device), heads(4, SIZES, device=device, seed=1)
     weight = torch.rand(4, generator=torch.Generator().manual_seed(0)).to(device)

@@ -156,6 +156,16 @@ def chained(steps):
     assert not torch.equal(exact[0].bfloat16().float(), exact[0])
 
 
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_split_keeps_any_nan_a_nan(path):
+    """0x7FFFFFFF, CUDA's own, rounded up to bf16 as it is would be -0."""
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32, device=DEVICE).view(torch.float32)
+    phi, low = split_fp32(torch.ones(4, device=DEVICE))
+    with path():
+        Lerp([phi], [nans], "split", low=[low]).step(0.9)
+    assert phi.isnan().all() and join_fp32(phi, low).isnan().all()
+
+
 @given(st.integers(-(2**31), 2**31 - 1))
 def test_split_keeps_every_bit(pattern):
     value = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
