@@ -95,7 +95,7 @@ def torch_path() -> Iterator[None]:
 
 
 def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
-    """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64).
+    """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64, no DTensors).
 
     limit: a reason of the op's own against it. Where it does not, says once which path runs and why; under strict
     raises Unavailable.
@@ -104,6 +104,8 @@ def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
     reason = _reason_against(present[0].device)
     if reason is None and any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in present):
         reason = f"dtypes are {sorted({str(t.dtype) for t in present})}, the kernel takes fp32, fp16 and bf16"
+    if reason is None and any(hasattr(t, "placements") for t in present):  # a kernel reads an address, torch a mesh
+        reason = "the tensors are DTensors"
     reason = reason or limit
     if reason is None:
         return True

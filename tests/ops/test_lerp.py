@@ -88,7 +88,7 @@ def test_against_fp64(dtypes, lam, device):
 @fused
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("theta_dtype", FLOATS)
-@pytest.mark.parametrize("lam", [0.99, torch.tensor(0.3), 1.0])
+@pytest.mark.parametrize("lam", [0.99, torch.tensor(0.45), 0.5, 1.0])  # weights on both sides of the half, and on it
 def test_kernel_is_the_torch_path_bit_for_bit(mode, theta_dtype, lam):
     """fp32 mode is torch.lerp itself there; the interpreter's kernel fuses as the hardware does."""
     shapes, ids, starts = [(4500,), (0,), (1,), (3, 5, 7)], [3, 1, 2, 2**31 - 1], [2**35, 0, 0, 2**36 + 8]
@@ -225,6 +225,24 @@ def test_stochastic_unaligned_over_a_chunk():
     assert same(phi, other)
 
 
+@fused
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_beyond_a_tensor_is_written(mode):
+    """Sizes around a tile and a chunk, at aligned addresses and others, inside a larger tensor."""
+    for n, at in ((lerp.BLOCK - 1, 0), (lerp.BLOCK + 1, 16), (lerp.CHUNK - 1, 0), (lerp.CHUNK + 1, 3)):
+        value, theta = draws([(n + 64,)], torch.float32)[0], draws([(n + 64,)], torch.float32, seed=1)[0]
+        whole = [value] if mode == "fp32" else [*split_fp32(value)] if mode == "split" else [value.bfloat16()]
+        before = [t.clone() for t in whole]
+        inside = slice(at, at + n)
+        phi, *low = (t[inside] for t in whole)
+        with _launch.strict():
+            Lerp([phi], [theta[inside]], mode, low=low or None).step(0.5)
+        for t, b in zip(whole, before, strict=True):
+            assert not torch.equal(t[inside], b[inside])
+            t[inside] = b[inside]
+            assert torch.equal(t, b)
+
+
 def test_stochastic_kernel_keeps_a_finite_value_finite():
     """Between bf16's largest value and fp32's, where rounding up is infinite."""
     phi = [torch.full((256,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, device=DEVICE)]
@@ -260,15 +278,16 @@ def test_rounding_keeps_infinities_nans_and_zeros():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lam", [1.0, torch.tensor(1.0)])
 def test_lam_one_leaves_every_bit(mode, lam):
-    """Even of -0 and of a NaN's payload, and beside an infinite theta."""
+    """Even of -0 and of a NaN's payload, and beside an infinite theta; so does a decay of 1 with the EMA."""
     for path in (_launch.torch_path, _launch.strict):
-        p, phi, low = plan(mode, [(40,)], special=True)
+        ema = draws([(40,)], torch.float32, seed=2)
+        p, phi, low = plan(mode, [(40,)], special=True, ema=ema, ema_decay=1.0)
         p._groups[0].theta[0][0] = torch.inf
         bits(phi[0])[0] = -1 if mode == "fp32" else phi[0].view(torch.int16)[0]
-        before = [bits(t).clone() for t in (*phi, *low)]
+        before = [bits(t).clone() for t in (*phi, *low, *ema)]
         with path():
             p.step(lam)
-        assert all(torch.equal(bits(t), b) for t, b in zip((*phi, *low), before, strict=True))
+        assert all(torch.equal(bits(t), b) for t, b in zip((*phi, *low, *ema), before, strict=True))
 
 
 def test_ema_against_fp64_and_split_theta():

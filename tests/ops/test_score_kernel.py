@@ -198,6 +198,27 @@ def test_fp64_and_the_torch_path_say_so(caplog, device):
         dmd_loss(*doubles, **k)
 
 
+def test_dtensors_are_left_to_torch(caplog, device):
+    """The address of a DTensor is nobody's."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (1,))
+        tensors, kw = inputs((2, 5), device=device)
+        placed = [DTensor.from_local(t, mesh, [Replicate()]) for t in (*tensors, *kw.values())]
+        _launch._said.clear()
+        with caplog.at_level(logging.INFO, "senseflow_kernels"):
+            grad = score_gradient(*placed[:5], **dict(zip(kw, placed[5:], strict=True))).grad
+        assert [r.message for r in caplog.records] == [
+            "score_gradient runs in torch, not in Triton: the tensors are DTensors"
+        ]
+        torch.testing.assert_close(grad.to_local(), score_gradient(*tensors, **kw).grad, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_triton_one_line_and_the_same_values(monkeypatch, caplog, device):
     tensors, kw = inputs((2, 50), device=device)
     fused = score_gradient(*tensors, **kw)
