@@ -3,7 +3,11 @@ BENCHES := $(filter $(wildcard bench/*.py),bench/ops.py bench/step.py bench/data
 # A checkout runs without being installed, as on a GPU machine that has no network.
 export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: check test bench csrc gpu evidence gpu-pack clean
+SANITIZER ?= compute-sanitizer
+# Others' kernels (attention, whole blocks) and compilation alone are not ours to check there.
+SANITIZED := $(filter-out tests/ops/test_aot% tests/ops/test_attention% tests/ops/test_mmdit%,$(wildcard tests/ops/test_*.py))
+
+.PHONY: check test bench csrc gpu sanitize evidence gpu-pack clean
 
 # Lint, format and types, as .ci/run does them.
 check:
@@ -28,15 +32,27 @@ bench:
 	  module=bench.$$(basename $$file .py); echo "== $$module"; $(PYTHON) -m $$module; done
 	$(if $(wildcard bench/test_*.py),$(PYTHON) -m pytest bench)
 
-# GPU tests, then the benchmarks. Without a GPU this is an error: nothing was shown.
+# On a GPU: the kernels' tests, the other GPU tests, the benchmarks, and the kernels under compute-sanitizer where it
+# is installed. One that fails does not stop the rest. Without a GPU this is an error: nothing was shown.
 gpu:
 	@$(PYTHON) -c 'import sys, torch; ok = torch.cuda.is_available(); \
 	print(torch.cuda.get_device_name() if ok else "gpu: NO GPU: torch " + torch.__version__ \
 	+ " sees no CUDA device here, so nothing was run"); sys.exit(not ok)'
-	@$(PYTHON) -m pytest -m gpu -rs; status=$$?; \
-	if [ $$status -eq 5 ]; then echo "gpu: this checkout has no tests marked gpu"; \
-	else exit $$status; fi
-	@$(MAKE) --no-print-directory bench
+	@failed=; \
+	$(PYTHON) -m pytest tests/ops -rs || failed="$$failed kernels"; \
+	$(PYTHON) -m pytest -m gpu --ignore=tests/ops -rs || [ $$? -eq 5 ] || failed="$$failed tests"; \
+	$(MAKE) --no-print-directory bench || failed="$$failed bench"; \
+	if ! command -v $(SANITIZER) >/dev/null; then echo "gpu: no $(SANITIZER) here, so not checked with it"; \
+	else $(MAKE) --no-print-directory sanitize || failed="$$failed sanitize"; fi; \
+	[ -z "$$failed" ] || { echo "gpu: failed:$$failed"; exit 1; }
+
+# The kernels' tests under NVIDIA's compute-sanitizer (of the CUDA toolkit; SANITIZER=/path/to/it). Every tensor in an
+# allocation of its own, or an access beyond one would hit a neighbour unseen; CUDA graphs cannot have that.
+sanitize:
+	@command -v $(SANITIZER) >/dev/null || { echo "sanitize: no $(SANITIZER) here, so nothing was checked"; exit 1; }
+	@set -e; for tool in memcheck racecheck synccheck; do echo "== $(SANITIZER) --tool $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
+	  $(PYTHON) -m pytest -q $(SANITIZED) -k "not graph"; done
 
 # The long tests behind the published figures (minutes on a CPU).
 evidence:

@@ -52,7 +52,8 @@ def score_inputs(
 ) -> Score:
     """Latents of variance 1, predictions that differ as trained networks' do. alpha = 1 - sigma, or sqrt(1 - sigma^2)
     with epsilon."""
-    x, noise, *rest = (torch.randn(*shape, device=device) for _ in range(5))
+    # Drawn on the CPU: a capture that fails may leave CUDA's random numbers unusable for the rest of the process.
+    x, noise, *rest = (torch.randn(*shape).to(device) for _ in range(5))
     sigma = torch.linspace(0.3, 0.9, shape[0], device=device)
     alpha = (1 - sigma * sigma).sqrt() if epsilon else 1 - sigma
     column, a = sigma.view(-1, 1, 1, 1), alpha.view(-1, 1, 1, 1)

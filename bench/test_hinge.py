@@ -19,7 +19,8 @@ from senseflow_kernels.hinge import hinge_discriminator_reference, hinge_generat
 GPU = [(5, 1370, 8, torch.float32), (8, 1370, 8, torch.float32), (8, 1370, 8, torch.bfloat16)]
 GPU += [(5, 87680, 8, torch.float32)]
 CASES = GPU if CUDA else [(5, 1370, 2, torch.float32), (8, 1370, 2, torch.bfloat16)]
-FORMS = ["ours", "SenseFlow", "loop over heads", "compile"]
+EAGER = ["SenseFlow", "loop over heads"]
+FORMS = ["ours", *EAGER, *(f"compile, {form}" for form in EAGER)]
 Loss = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 LOSSES: dict[tuple[str, str], Loss] = {
     ("D", "ours"): lambda real, fake, weight: hinge_discriminator(real, fake, weight).loss,
@@ -40,14 +41,14 @@ def name_of(case: tuple[int, int, int, torch.dtype]) -> str:
 def inputs(case: tuple[int, int, int, torch.dtype]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """(real heads, fake heads, weight per sample); leaves that take gradients."""
     heads, logits, batch, dtype = case
-    both = [torch.randn(batch, logits, device=DEVICE).to(dtype).requires_grad_() for _ in range(2 * heads)]
+    both = [torch.randn(batch, logits).to(DEVICE, dtype).requires_grad_() for _ in range(2 * heads)]
     return both[:heads], both[heads:], torch.linspace(0.1, 1.0, batch, device=DEVICE)
 
 
 @functools.cache
-def compiled(side: str, case: Any) -> Loss:
+def compiled(side: str, form: str, case: Any) -> Loss:
     torch._dynamo.reset()
-    return torch.compile(LOSSES[side, "loop over heads"], dynamic=False)
+    return torch.compile(LOSSES[side, form], dynamic=False)
 
 
 def errors(loss: Loss, side: str, real: list[Tensor], fake: list[Tensor], weight: Tensor) -> tuple[float, float]:
@@ -71,13 +72,15 @@ def errors(loss: Loss, side: str, real: list[Tensor], fake: list[Tensor], weight
 @pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case).replace(" ", "-"))
 def test_hinge(measure, leave_out, case, side: str, form: str, mode: str) -> None:
     op = f"hinge {side} fwd+bwd"
-    if form == "compile" and not CUDA:
+    plain = form.removeprefix("compile, ")
+    kind = "ours" if form == "ours" else "eager" if plain == form else "compile"
+    if kind == "compile" and not CUDA:
         leave_out(op, name_of(case), form, "torch.compile is timed on CUDA alone")
-    loss = compiled(side, case) if form == "compile" else LOSSES[side, form]
+    loss = compiled(side, plain, case) if kind == "compile" else LOSSES[side, form]
     real, fake, weight = inputs(case)
     leaves = [*real, *fake] if side == "D" else fake
     measure(
-        op=op, case=name_of(case), form=form, kind=form if form in ("ours", "compile") else "eager", mode=mode,
+        op=op, case=name_of(case), form=form, kind=kind, mode=mode,
         fn=lambda: torch.autograd.grad(loss(real, fake, weight), leaves),
         bytes=2 * sum(t.numel() * t.element_size() for t in leaves),  # logits read once, gradients written once
         error=max(errors(loss, side, real, fake, weight)), tolerance=peers.hinge_tolerance(case[3], form == "ours"),

@@ -1,11 +1,23 @@
 """The benchmark's formulas equal ours, its clock is the device's, its report says what a file holds."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
 
-from bench import harness, peers, report, targets
+from bench import (
+    harness,
+    peers,
+    report,
+    targets,
+    test_hinge,
+    test_lerp,
+    test_modulate,
+    test_qk_norm_rope,
+    test_score,
+)
 from bench.test_hinge import LOSSES
 from bench.test_hinge import errors as hinge_errors
 from bench.test_lerp import LAM, pieces
@@ -114,6 +126,20 @@ def test_report(tmp_path, capsys) -> None:
     assert "CPU" in out and "target" not in out and "| DMD2 | 100.00 us |" in out
 
 
+def test_every_target_of_a_gpu_finds_its_rows() -> None:
+    """By the names that the cases of a GPU give them: one misspelt would be "not measured" for ever."""
+    names = [(f"score gradient {part}", test_score.name_of(c)) for part in ("fwd", "fwd+bwd") for c in test_score.FLOW]
+    names += [(f"hinge {side} fwd+bwd", test_hinge.name_of(case)) for side in "DG" for case in test_hinge.GPU]
+    names += [(f"lerp {kind[0]}", f"{size}: ...") for size in ("large", "small") for kind in test_lerp.KINDS]
+    names += [(f"joint qkv {what}", case.name) for what in ("fwd", "bwd") for case in test_qk_norm_rope.LARGE]
+    adaln = test_modulate.FLUX + test_modulate.LARGE + test_modulate.MEDIUM
+    names += [(f"adaLN {case.op} {part}", case.name) for part in ("fwd", "fwd+bwd") for case in adaln]
+    forms = (("ours", "ours"), ("DMD2", "eager"), ("compile", "compile"), ("_foreach_lerp_", "torch"))
+    rows = [row(form, kind, 5, op=op, case=case, mode=mode) for op, case in names for form, kind in forms
+            for mode in ("call", "graph", "flushed")]  # fmt: skip
+    assert [t.text for t, _, verdict in targets.judge([ROWS[0], *rows]) if verdict == "not measured"] == []
+
+
 def test_lerp_targets() -> None:
     case = "large: 8e+09 parameters in 10, phi bf16, theta bf16"
 
@@ -173,3 +199,18 @@ def test_newest_takes_whole_runs_first(tmp_path, monkeypatch) -> None:
     assert report.load(path)["environment"]["torch"] == torch.__version__
     assert report.newest(tmp_path) == [path]
     assert report.newest(tmp_path / "nothing") == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_gpu_does_all_of_it_and_names_what_failed(tmp_path) -> None:
+    """With a stand-in for Python and for compute-sanitizer: benchmarks that fail do not hide the sanitizer's word."""
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *"pytest bench"*) exit 3;; *"-m gpu"*) exit 5;; esac\n')
+    (tmp_path / "sanitizer").write_text('#!/bin/sh\necho "checked $2 $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    command = ["make", "gpu", f"PYTHON={tmp_path}/python", f"SANITIZER={tmp_path}/sanitizer"]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    assert all(f"checked {tool} 1" in done.stdout for tool in ("memcheck", "racecheck", "synccheck"))
+    assert done.returncode and "gpu: failed: bench\n" in done.stdout
+    done = subprocess.run(["make", "sanitize", "SANITIZER=none"], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stdout == "sanitize: no none here, so nothing was checked\n"

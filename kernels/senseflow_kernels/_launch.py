@@ -47,11 +47,20 @@ class Unavailable(RuntimeError):
 
 def is_available(device: str | torch.device = "cuda") -> bool:
     """Whether the Triton kernels run on tensors of `device` in this process."""
-    return reason_against(torch.device(device)) is None
+    return reason_against(device) is None
 
 
-def reason_against(device: torch.device) -> str | None:
-    """Why Triton does not run there, in words; None where it does."""
+def reason_against(device: str | torch.device = "cuda") -> str | None:
+    """Why Triton does not run on tensors of `device`, in words; None where it does."""
+    device = torch.device(device)
+    reason = _reason_against(device)
+    if reason is None and device.type == "cuda" and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA device"
+    return reason
+
+
+def _reason_against(device: torch.device) -> str | None:
+    """The same for the device of a tensor, so one that exists."""
     if _torch_only:
         return "the torch path was asked for"
     if triton is None:
@@ -86,15 +95,17 @@ def torch_path() -> Iterator[None]:
 
 
 def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
-    """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64).
+    """Whether `op` runs its Triton kernel on these tensors (all on one device, no fp64, no DTensors).
 
     limit: a reason of the op's own against it. Where it does not, says once which path runs and why; under strict
     raises Unavailable.
     """
     present = [t for t in tensors if t is not None]
-    reason = reason_against(present[0].device)
+    reason = _reason_against(present[0].device)
     if reason is None and any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in present):
         reason = f"dtypes are {sorted({str(t.dtype) for t in present})}, the kernel takes fp32, fp16 and bf16"
+    if reason is None and any(hasattr(t, "placements") for t in present):  # a kernel reads an address, torch a mesh
+        reason = "the tensors are DTensors"
     reason = reason or limit
     if reason is None:
         return True

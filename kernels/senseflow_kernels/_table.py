@@ -6,7 +6,7 @@ A table and its map of programs are built once and live on the device, so a laun
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ class Table(NamedTuple):
     wide: bool
 
 
+def refuse_twice(addresses: Iterable[int]) -> None:
+    """Raises ValueError where an address is to be written twice: by programs that race, or moved twice in torch."""
+    addresses = [*addresses]
+    if len({*addresses}) < len(addresses):
+        raise ValueError("a tensor stands in phi twice (tied weights?): give it once")
+
+
 def tables_of(group: Group, block: int) -> list[Table]:
     """One launch of all tensors that 128-bit loads fit, one of the rest; none of either where there are none."""
     lists = (group.phi, group.low, group.theta, group.theta_low, group.ema)
@@ -54,8 +61,7 @@ def tables_of(group: Group, block: int) -> list[Table]:
         pointers = [tensors[i].data_ptr() if tensors else 0 for tensors in lists]
         wide = start % 8 == 0 and all(p % 16 == 0 for p in pointers)
         rows[wide].append([*pointers, phi.numel(), start, group.ids[i], group.seed])
-    if len({row[0] for row in (*rows[True], *rows[False])}) < len(rows[True]) + len(rows[False]):
-        raise ValueError("a tensor stands in phi twice (tied weights?): two programs would race for it")
+    refuse_twice(row[0] for row in (*rows[True], *rows[False]))
     tables = []
     for wide, some in rows.items():
         if some:
@@ -134,13 +140,33 @@ def start_of(t: Any) -> int | None:
     return start
 
 
+def numbered(
+    phi: Sequence[Any], ids: Sequence[int] | None, starts: Sequence[int] | None, random: bool
+) -> tuple[Sequence[int], Sequence[int]]:
+    """(ids, starts), one of each for every tensor; what was not given by position and placement."""
+    ids = range(len(phi)) if ids is None else ids
+    found = [start_of(p) if random else 0 for p in phi] if starts is None else starts
+    if not len(phi) == len(ids) == len(found):
+        raise ValueError(f"phi has {len(phi)} tensors, ids {len(ids)}, starts {len(found)}")
+    for i, start in enumerate(found):
+        if start is None:
+            raise ValueError(f"tensor {i}: stochastic rounding needs one dim-0 Shard, not {phi[i].placements}")
+        if start < 0:
+            raise ValueError(f"tensor {i}: its start must not be negative, got {start}")
+    return ids, found  # type: ignore[return-value]
+
+
 def paired(name: str, tensors: Sequence[Any], phi: Sequence[Any]) -> list[Any]:
-    """Local parts of tensors, one for each of phi, alike in shape and placement."""
+    """Local parts of tensors, one for each of phi, alike in device, shape and placement."""
     if len(tensors) != len(phi):
         raise ValueError(f"phi has {len(phi)} tensors, {name} {len(tensors)}")
     for i, (p, t) in enumerate(zip(phi, tensors, strict=True)):
+        if not p.is_floating_point():
+            raise ValueError(f"tensor {i}: phi must be of a floating dtype, got {p.dtype}")
         if t is None:
             continue
+        if t.device != p.device:  # a kernel would follow the address of one on the other
+            raise ValueError(f"tensor {i}: phi is on {p.device}, {name} on {t.device}")
         if is_dtensor(p) and is_dtensor(t) and p.placements != t.placements:
             raise ValueError(f"tensor {i}: phi is placed {p.placements}, {name} {t.placements}")
         if local(p).shape != local(t).shape:
@@ -155,7 +181,8 @@ def lists_of(args: list[Any], random: bool) -> list[list]:
         if not all(isinstance(a, Buckets) and a.same_layout(args[0]) for a in given):
             raise ValueError("Buckets go together with Buckets of the same layout alone (Buckets.like)")
         args = [a if a is None else list(a.runs()) if random else a.flats for a in args]
-    return [[None] * len(args[0]) if a is None else list(a) for a in args]
+    lists = [None if a is None else list(a) for a in args]
+    return [[None] * len(lists[0]) if a is None else a for a in lists]  # type: ignore[arg-type]
 
 
 def check(
@@ -174,8 +201,6 @@ def check(
         raise ValueError(f"tensor {i}: low halves are int16")
     if ema is not None and ema.dtype != torch.float32:
         raise ValueError(f"tensor {i}: ema must be fp32, got {ema.dtype}")
-    if any(t.device != phi.device for t in others):
-        raise ValueError(f"tensor {i}: phi is on {phi.device}, another of its tensors is not")
     if not is_dense(phi) or any(t.stride() != phi.stride() for t in others):
         raise ValueError(f"tensor {i}: phi must be dense and the others laid out like it, got stride {phi.stride()}")
     if mode == "stochastic" and kept == torch.bfloat16 and not phi.is_contiguous():

@@ -75,7 +75,6 @@ def _verdict(name: str, key: Key) -> Reason | None:
     return _verdicts[name, key]
 
 
-@torch.compiler.assume_constant_result  # traced code reads the answer: nothing of the search enters the graph
 def _choose(forced: str, *kind: Any) -> str:
     """The backend's name for Key(*kind). Raises Unavailable where what is forced cannot run."""
     found = _choices.get((forced, kind))
@@ -88,6 +87,11 @@ def _choose(forced: str, *kind: Any) -> str:
             if (forced, kind) not in _choices:
                 _choices[forced, kind] = found
     return found
+
+
+# Traced code reads the answer: nothing of the search enters the graph. It is what
+# torch.compiler.assume_constant_result sets, whose call would import torch._dynamo, as long an import as torch's.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _search(forced: str, key: Key) -> str:

@@ -62,7 +62,7 @@ class Buckets:
     load_state_dict keeps the views; module.to() and load_state_dict(assign=True) do not: `check` tells.
 
     Raises ValueError, naming the parameter, for DTensors, tensors that overlap (tied weights given twice), tensors
-    that are not dense, several devices, a name given twice or another pad.
+    that are not dense or on meta, several devices, a name given twice or another pad.
     """
 
     slots: tuple[Slot, ...]
@@ -125,7 +125,14 @@ class Buckets:
 
 
 def _check(named: list[tuple[str, Tensor]]) -> None:
+    for pair in named:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+            raise ValueError(
+                f"expected (name, tensor) pairs, as of Module.named_parameters(), got {type(pair).__name__}"
+            )
     for name, t in named:
+        if t.is_meta:
+            raise ValueError(f"{name} is on meta: give it memory first, Module.to_empty()")
         if is_dtensor(t):
             raise ValueError(
                 f"{name} is a DTensor: buckets are for unsharded parameters, Lerp takes DTensors as they are"

@@ -8,7 +8,7 @@ k runs over all logits of all heads of a sample. On a GPU losses, gradients and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,18 +26,35 @@ class HingeD(NamedTuple):
     accuracy: Tensor
 
 
-def _check(real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None) -> None:
-    if not real and not fake:
+def _heads(logits: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(logits, Tensor):
+        raise ValueError(f"logits must be a list of heads, got one tensor of shape {list(logits.shape)}")
+    return list(logits)
+
+
+def _constant(weight: Any) -> Any:
+    return weight.detach() if isinstance(weight, Tensor) else weight
+
+
+def _check(real: list[Tensor], fake: list[Tensor], weight: Tensor | None) -> None:
+    heads = real + fake
+    if not heads:
         raise ValueError("no heads: logits must hold at least one tensor")
-    sizes = {len(t) for t in [*real, *fake]}
-    if len(sizes) != 1:
-        raise ValueError(f"heads have different batches: {[len(t) for t in [*real, *fake]]}")
-    if not sum(t.numel() for t in real) + sum(t.numel() for t in fake):
+    if any(t.dim() == 0 or not t.is_floating_point() for t in heads):
+        raise ValueError(f"heads must be [B, ...] of a floating dtype, got {[(*t.shape, t.dtype) for t in heads]}")
+    if len({len(t) for t in heads}) != 1:
+        raise ValueError(f"heads have different batches: {[len(t) for t in heads]}")
+    if not sum(t.numel() for t in heads):
         raise ValueError("every head is empty")
     if real and fake and sum(t.numel() for t in real) != sum(t.numel() for t in fake):
         raise ValueError("real and fake have different numbers of logits")
-    if weight is not None and tuple(weight.shape) != (batch := sizes.pop(),):
-        raise ValueError(f"weight must have shape [{batch}], got {list(weight.shape)}")
+    batch = len(heads[0])
+    if weight is not None and (not isinstance(weight, Tensor) or tuple(weight.shape) != (batch,)):
+        found = list(weight.shape) if isinstance(weight, Tensor) else weight
+        raise ValueError(f"weight must have shape [{batch}], got {found}")
+    devices = [t.device for t in heads] + ([] if weight is None else [weight.device])
+    if len({*devices}) != 1:
+        raise ValueError(f"heads and weight are on different devices: {sorted({str(d) for d in devices})}")
 
 
 # -- torch reference -----------------------------------------------------------------------------------------------
@@ -45,7 +62,7 @@ def _check(real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None
 
 def _joined(logits: Sequence[Tensor]) -> Tensor:
     """fp32 [B, all logits] (fp64 for fp64 heads)."""
-    flat = torch.cat([t.flatten(1) for t in logits], 1)
+    flat = torch.cat([t.flatten(1) if t.dim() > 1 else t[:, None] for t in logits], 1)
     return flat if flat.dtype == torch.float64 else flat.float()
 
 
@@ -68,6 +85,7 @@ def hinge_discriminator_reference(real: Sequence[Tensor], fake: Sequence[Tensor]
 
 BLOCK = 2048
 MAX_BLOCKS = 256  # programs a sample and head; beyond, a program takes several tiles
+SLOTS = 1024  # partial sums the last program reads at a time
 
 
 @jit
@@ -153,7 +171,7 @@ def _launch_hinge(real: list[Tensor], fake: list[Tensor], weight: Tensor | None)
         "hinge", _kernel, (blocks, batch, len(heads)),
         tuple(heads), tuple(sizes), tuple(starts), None if weight is None else weight.float().contiguous(),
         grad, partial, loss, stats, ticket(grad.device), 1.0 / count, float(count), tiles,
-        HEADS=len(heads), REALS=sum(t.numel() > 0 for t in real), HINGE=bool(real), BLOCK=block, SLOTS=1024,
+        HEADS=len(heads), REALS=sum(t.numel() > 0 for t in real), HINGE=bool(real), BLOCK=block, SLOTS=SLOTS,
         num_warps=4,
     )  # fmt: skip
     return loss, stats, grad
@@ -183,8 +201,8 @@ def _forward(real: list[Tensor], fake: list[Tensor], weight: Tensor | None) -> t
 
 
 def _backward(grad: Tensor, dloss: Tensor, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """dL/dlogits of every head in its own dtype: one multiply over all of them, rounded once."""
-    if len(set(dtypes)) == 1:
+    """dL/dlogits of every head in its own dtype: one multiply over all of them, rounded once; linear in dloss."""
+    if len(set(dtypes)) == 1 and not dloss.requires_grad:
         scaled = torch.empty_like(grad, dtype=dtypes[0])
         torch.mul(grad, dloss, out=scaled)
     else:
@@ -240,25 +258,27 @@ _op.register_autograd(_op_autograd, setup_context=_setup_context)
 # -- public --------------------------------------------------------------------------------------------------------
 
 
-def _run(real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run(real: list[Tensor], fake: list[Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
-        return _op(list(real), list(fake), weight)[:2]
+        return _op(real, fake, weight)[:2]
     return _Hinge.apply(len(real), weight, *real, *fake)  # type: ignore[return-value]
 
 
-def hinge_generator(logits: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
+def hinge_generator(logits: Iterable[Tensor], weight: Tensor | None = None) -> Tensor:
     """L_G: fp32 scalar. logits: heads [B, *], any floating dtype; weight: omega [B]; no gradient to weight.
 
-    Raises ValueError for no heads, no logits at all, unequal batches or another shape of weight.
+    Raises ValueError for no heads, no logits at all, other dtypes, unequal batches or devices, or another weight.
     """
+    logits, weight = _heads(logits), _constant(weight)
     _check([], logits, weight)
     if not fused("hinge", *logits):
         return hinge_generator_reference(logits, weight)
     return _run([], logits, weight)[0]
 
 
-def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None = None) -> HingeD:
+def hinge_discriminator(real: Iterable[Tensor], fake: Iterable[Tensor], weight: Tensor | None = None) -> HingeD:
     """L_D and the logit statistics. real, fake: heads [B, *]; weight: omega [B]. Raises ValueError as above."""
+    real, fake, weight = _heads(real), _heads(fake), _constant(weight)
     _check(real, fake, weight)
     if not real or not fake:
         raise ValueError("no heads: both real and fake must hold at least one tensor")

@@ -7,7 +7,7 @@ two more ways to keep one: `split`, the exact fp32 as bf16 (the weight in use) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ from senseflow_kernels._table import (
     groups_of,
     lists_of,
     local,
+    numbered,
     paired,
-    start_of,
+    refuse_twice,
     tables_of,
 )
 from senseflow_kernels.buckets import Buckets, is_dense
@@ -199,15 +200,16 @@ def _triton(dtype: torch.dtype) -> Any:
 
 
 def _run(
-    group: Group, tables: list[Table] | None, lam: Tensor | None, weight: float, ema_weight: float,
-    step: Tensor | None,
-) -> None:  # fmt: skip
+    group: Group, tables: list[Table] | None, lam: Tensor | None, weight: float, ema_weight: float, step: Tensor | None
+) -> None:
     """One step of a group. lam: 0-d tensor, or None and weight = 1 - lam. tables: the plan's, else from the cache."""
     phi, theta = group.phi[0], group.theta[0]
+    lam, step = (t if t is None else t.to(phi.device) for t in (lam, step))  # groups may lie on several devices
     if _ext.takes(phi, theta):
         _csrc(group, _csrc_tables(group) if tables is None else tables, lam, weight, ema_weight, step)
         return
     if not fused("lerp", phi, theta):
+        refuse_twice(t.data_ptr() for t in group.phi if t.numel())
         if lam is not None:
             weight = (1 - lam).float() if phi.is_cuda else (1 - lam).float().item()  # type: ignore[assignment]
         lerp_reference(group, weight, ema_weight, step)
@@ -282,7 +284,7 @@ def _step(
 def _weight(lam: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
     """(lam on the device, unused) to be read there at run time, or (None, 1 - lam)."""
     if not isinstance(lam, Tensor):
-        return None, 1.0 - lam
+        return None, 1.0 - float(lam)
     if lam.numel() != 1:
         raise ValueError(f"lam must be a number or a tensor of one element, got shape {tuple(lam.shape)}")
     scalar: Tensor = lam.detach().reshape(())
@@ -294,13 +296,14 @@ def _weight(lam: float | Tensor, device: torch.device) -> tuple[Tensor | None, f
 
 
 @torch.no_grad()
-def lerp_(phi: Sequence[Tensor], theta: Sequence[Tensor], lam: float | Tensor) -> None:
+def lerp_(phi: Iterable[Tensor], theta: Iterable[Tensor], lam: float | Tensor) -> None:
     """Moves every phi in place: fp32 arithmetic, one rounding to phi's dtype. lam: number or 0-d tensor.
 
-    lam = 1 leaves phi bit for bit. Any strides and dtypes; DTensors by their local part. In a loop `Lerp` is better:
-    this one gathers every address at each call. Raises ValueError when the lists or shapes differ.
+    lam = 1 leaves phi bit for bit. Any strides and floating dtypes; DTensors by their local part. Gathers every address
+    at each call, `Lerp` once. Raises ValueError where lengths, shapes or devices differ, or phi has a tensor twice.
     """
-    local_theta, phi = paired("theta", theta, phi), [local(p) for p in phi]
+    phi = [*phi]
+    local_theta, phi = paired("theta", [*theta], phi), [local(p) for p in phi]
     if not phi:
         return
     work, ends = [*phi], local_theta
@@ -328,40 +331,34 @@ class Lerp:
         nearest     any dtype, rounded to nearest
 
     theta: any floating dtype, or with theta_low split itself. ema: fp32, ema <- ema_decay ema + (1 - ema_decay) theta
-    in the same launch. DTensors are taken by their local part.
+    in the same pass. DTensors are taken by their local part.
 
     Random numbers depend on (seed, step, parameter, element of the full parameter) alone, so not on the sharding. ids:
     the parameters' numbers, by default their positions; starts: where in the full parameter each tensor begins, by
     default 0 or what a DTensor's placements say. `count`: int64 on the device, the steps rounded at random so far; it
     advances unless a step is given, also in a replayed graph; save it to resume.
 
-    The tensors' memory is held: build a new plan where it moves (module.to()). Raises ValueError, naming the tensor,
-    for whatever does not fit: lengths, shapes, dtypes, strides, a DTensor that has no single start (stochastic only).
+    The tensors' memory is held: build a new plan where it moves (module.to()); none can be copied or pickled. Raises
+    ValueError, naming the tensor, for whatever does not fit: lengths, shapes, dtypes, devices, strides, a DTensor that
+    has no single start (stochastic only), a tensor that stands in phi twice (here or in the first step).
     """
 
     @torch.no_grad()
     def __init__(
-        self, phi: Sequence[Tensor] | Buckets, theta: Sequence[Tensor] | Buckets, mode: str = "fp32", *,
-        low: Sequence[Tensor | None] | Buckets | None = None,
-        theta_low: Sequence[Tensor | None] | Buckets | None = None,
-        ema: Sequence[Tensor] | Buckets | None = None, ema_decay: float = 0.0, seed: int = 0,
+        self, phi: Iterable[Tensor] | Buckets, theta: Iterable[Tensor] | Buckets, mode: str = "fp32", *,
+        low: Iterable[Tensor | None] | Buckets | None = None,
+        theta_low: Iterable[Tensor | None] | Buckets | None = None,
+        ema: Iterable[Tensor] | Buckets | None = None, ema_decay: float | None = None, seed: int = 0,
         ids: Sequence[int] | None = None, starts: Sequence[int] | None = None,
     ):  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        if not 0 <= ema_decay <= 1:
-            raise ValueError(f"ema_decay must lie in [0, 1], got {ema_decay}")
+        if (ema is None) != (ema_decay is None) or not 0 <= (ema_decay or 0) <= 1:
+            raise ValueError(f"ema goes with an ema_decay in [0, 1], got {ema_decay}")
         self._random = random = mode == "stochastic"
-        self._ema_weight = 1.0 - ema_decay
+        self._ema_weight = 0.0 if ema_decay is None else 1.0 - ema_decay
         phi, theta, low, theta_low, ema = lists_of([phi, theta, low, theta_low, ema], random)
-        ids = range(len(phi)) if ids is None else ids
-        starts = [start_of(p) if random else 0 for p in phi] if starts is None else starts  # type: ignore[assignment]
-        assert starts is not None
-        if not len(phi) == len(ids) == len(starts):
-            raise ValueError(f"phi has {len(phi)} tensors, ids {len(ids)}, starts {len(starts)}")
-        if None in starts:
-            i = starts.index(None)  # type: ignore[arg-type]
-            raise ValueError(f"tensor {i}: stochastic rounding needs one dim-0 Shard, not {phi[i].placements}")
+        ids, starts = numbered(phi, ids, starts, random)
         others = dict(theta=theta, low=low, theta_low=theta_low, ema=ema)
         others = {name: paired(name, tensors, phi) for name, tensors in others.items()}
         phi = [local(p) for p in phi]
@@ -370,6 +367,7 @@ class Lerp:
         # What an exact fp32 is stored as needs no low half, though a twin bucket has one.
         low = [t if p.dtype == torch.bfloat16 else None for p, t in zip(phi, others["low"], strict=True)]
         theta, theta_low, ema = others["theta"], others["theta_low"], others["ema"]
+        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits in what a table holds
         self._groups = groups_of(phi, theta, low, theta_low, ema, random, seed, ids, starts)
         self.count = torch.zeros((), dtype=torch.int64, device=phi[0].device if phi else None)
         self._tables: list[list[Table]] | None = None
@@ -382,6 +380,9 @@ class Lerp:
                 _csrc_tables(group) if _ext.takes(group.phi[0], group.theta[0]) else tables_of(group, CHUNK)
                 for group in self._groups
             ]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a Lerp holds addresses of its tensors: build a new one for copies of them")
 
     @torch.no_grad()
     def step(self, lam: float | Tensor, step: Tensor | None = None) -> None:

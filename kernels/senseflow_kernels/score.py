@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from senseflow_kernels._launch import (
     INTERPRET,
@@ -51,14 +52,26 @@ class DMDLoss(NamedTuple):
 
 
 def _check(x, x_t, fake, cond, uncond, sigma, alpha, guidance, parameterization, normaliser):
-    for name, t in (("x_t", x_t), ("fake", fake), ("cond", cond), ("uncond", uncond)):
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x must be [B, ...] and not empty, got shape {tuple(x.shape)}")
+    samples = (("x", x), ("x_t", x_t), ("fake", fake), ("cond", cond), ("uncond", uncond))
+    scalars = (("sigma", sigma), ("alpha", alpha), ("guidance", guidance))
+    for name, t in samples:
         if t is not None and t.shape != x.shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, x has {tuple(x.shape)}")
-    for name, s in (("sigma", sigma), ("alpha", alpha), ("guidance", guidance)):
-        if s is not None and s.shape != x.shape[:1]:
-            raise ValueError(f"{name} must have shape [{x.shape[0]}], got {list(s.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"x is empty: shape {tuple(x.shape)}")
+    for name, s in scalars:
+        if s is None and name != "sigma":
+            continue
+        if not isinstance(s, Tensor) or s.shape != x.shape[:1]:
+            found = list(s.shape) if isinstance(s, Tensor) else s
+            raise ValueError(f"{name} must have shape [{x.shape[0]}], got {found}")
+    for name, t in samples + scalars:
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise ValueError(f"{name} is {t.dtype}: allowed are floating dtypes")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
     if normaliser not in NORMALISERS:
@@ -272,6 +285,7 @@ class _DMDLoss(torch.autograd.Function):
         return loss, norm, rms
 
     @staticmethod
+    @once_differentiable  # g is a constant, so another derivative would be wrong rather than missing
     def backward(ctx: Any, dloss: Tensor, *_: Any):  # type: ignore[override]
         diff, norm = ctx.saved_tensors
         return _backward(diff, norm, dloss, ctx.eps, ctx.dtype), *[None] * 10
@@ -315,6 +329,31 @@ def _op_autograd(ctx: Any, _diff, _norm, _rms, dloss: Tensor):
 _op.register_autograd(_op_autograd, setup_context=_setup_context)
 
 
+def _gradient(x, x_t, fake, cond, uncond, sigma, alpha, guidance, epsilon: bool, per_batch: bool, eps: float):
+    """(g, loss, normaliser): the launch and the one that scales, or the reference."""
+    args = (x, x_t, fake, cond, uncond, sigma, alpha, guidance)
+    if not fused("score_gradient", x, x_t, fake, cond, uncond):
+        names = ("epsilon" if epsilon else "flow", "batch" if per_batch else "sample")
+        return score_gradient_reference(*args, *names, eps)
+    diff, norm, _, loss = _forward(*args, epsilon, per_batch, eps)
+    return _scaled(diff, norm, None, eps, torch.float32), loss, norm
+
+
+@torch.library.custom_op("senseflow::score_gradient", mutates_args=())
+def _op_gradient(
+    x: Tensor, x_t: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor | None, sigma: Tensor, alpha: Tensor | None,
+    guidance: Tensor | None, epsilon: bool, per_batch: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradient(x, x_t, fake, cond, uncond, sigma, alpha, guidance, epsilon, per_batch, eps)
+
+
+@_op_gradient.register_fake
+def _(x, x_t, fake, cond, uncond, sigma, alpha, guidance, epsilon, per_batch, eps):
+    fp = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grad = torch.empty(x.shape, dtype=fp, device=x.device)
+    return grad, grad.new_empty(()), grad.new_empty(len(x))
+
+
 # -- public --------------------------------------------------------------------------------------------------------
 
 
@@ -327,19 +366,15 @@ def score_gradient(
     """The gradient g above, its loss and its normaliser; arithmetic in fp32 (fp64 for fp64 inputs).
 
     x: student's x0 [B, ...]; x_t: its noised form; fake, cond, uncond: predictions of the fake network and of the
-    teacher, of x's shape, any floating dtype; sigma, alpha, guidance: [B]. Without uncond the teacher's cond is
-    used as it is. normaliser: mean per sample (DMD2) or over the batch; eps is added to it. NaN -> 0 and inf -> the
-    largest finite value, as DMD2's nan_to_num. Non-contiguous inputs are copied. Raises ValueError for other shapes
-    or names.
+    teacher, of x's shape, any floating dtype; sigma, alpha (of `epsilon` alone), guidance: [B]. Without uncond the
+    teacher's cond is used as it is, whatever guidance. normaliser: mean per sample (DMD2) or over the batch; eps is
+    added to it. NaN -> 0 and inf -> the largest finite value, as DMD2's nan_to_num. Non-contiguous inputs are copied.
+    Raises ValueError, naming the argument, for other shapes, dtypes, devices or names.
     """
     _check(x, x_t, fake, cond, uncond, sigma, alpha, guidance, parameterization, normaliser)
-    if not fused("score_gradient", x, x_t, fake, cond, uncond):
-        return score_gradient_reference(
-            x, x_t, fake, cond, uncond, sigma, alpha, guidance, parameterization, normaliser, eps
-        )
+    run = _op_gradient if torch.compiler.is_compiling() else _gradient
     names = (parameterization == "epsilon", normaliser == "batch", eps)
-    diff, norm, _, loss = _forward(x, x_t, fake, cond, uncond, sigma, alpha, guidance, *names)
-    return ScoreGradient(_scaled(diff, norm, None, eps, torch.float32), loss, norm)
+    return ScoreGradient(*run(x, x_t, fake, cond, uncond, sigma, alpha, guidance, *names))
 
 
 def dmd_loss(
@@ -347,10 +382,10 @@ def dmd_loss(
     sigma: Tensor, alpha: Tensor | None = None, guidance: Tensor | None = None,
     parameterization: str = "flow", normaliser: str = "sample", eps: float = 0.0,
 ) -> DMDLoss:  # fmt: skip
-    """L_DMD of `score_gradient`, differentiable in x alone. Arguments and errors as there."""
+    """L_DMD of `score_gradient`, differentiable once and in x alone. Arguments and errors as there."""
     _check(x, x_t, fake, cond, uncond, sigma, alpha, guidance, parameterization, normaliser)
-    args = (x_t.detach(), fake.detach(), cond.detach(), None if uncond is None else uncond.detach(), sigma, alpha,
-            guidance, parameterization == "epsilon", normaliser == "batch", eps)  # fmt: skip
+    constants = [None if t is None else t.detach() for t in (x_t, fake, cond, uncond, sigma, alpha, guidance)]
+    args = (*constants, parameterization == "epsilon", normaliser == "batch", eps)
     if torch.compiler.is_compiling():
         _, norm, rms, loss = _op(x, *args)
     else:

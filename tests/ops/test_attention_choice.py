@@ -342,7 +342,8 @@ def test_import_is_lazy_and_reads_the_environment():
     code = (
         "import sys; sys.modules.update({m: None for m in ('flash_attn', 'flash_attn_interface', 'xformers')});"
         "import torch; before = {*sys.modules}; import senseflow_kernels;"
-        "heavy = {m.split('.')[0] for m in {*sys.modules} - before} & {'diffusers', 'peft', 'xformers'};"
+        "new = {'torch._dynamo' if m == 'torch._dynamo' else m.split('.')[0] for m in {*sys.modules} - before};"
+        "heavy = new & {'diffusers', 'peft', 'xformers', 'transformers', 'torch._dynamo'};"
         "print(senseflow_kernels.attention._forced, heavy)"
     )
     env = {**os.environ, "SENSEFLOW_ATTENTION": "math", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -131,7 +131,9 @@ def test_errors():
         ([("a", w[::2])], "a is not dense"),
         ([("a", torch.zeros(1).expand(3))], "a is not dense"),
         ([("a", w.to_sparse())], "a is not dense"),
-        ([("a", w), ("b", torch.zeros(3, device="meta"))], "b is on meta"),
+        ([("a", torch.zeros(3, device="meta"))], "a is on meta: give it memory first"),
+        ([w], r"expected \(name, tensor\) pairs, .*, got Tensor"),
+        ({"a": w}, r"expected \(name, tensor\) pairs, .*, got str"),
         ([("a", w), ("a", torch.zeros(3))], "names given twice"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -47,6 +47,31 @@ def test_against_fp64(dtype, weighted, device):
         assert ((a.double() - b).abs() <= (half + 3 * 2**-24) * b.abs() + tiny).all()
 
 
+def test_the_last_program_alone_finishes_and_puts_the_counter_back(monkeypatch, device):
+    """As of the score gradient."""
+    from senseflow_kernels import hinge
+
+    real, fake = heads(3, [(7,), (4100,)], device=device), heads(3, [(7,), (4100,)], device=device, seed=1)
+    for start, end in ((0, 0), (-1, 3 * 3 * 4 - 1)):  # blocks of the larger head, samples, heads
+        counter = torch.full((1,), start, dtype=torch.int32, device=device)
+        monkeypatch.setattr(hinge, "ticket", lambda _, counter=counter: counter)
+        hinge_discriminator(real, fake)
+        assert counter.item() == end
+
+
+def test_many_tiles_and_more_programs_than_the_last_reads_at_once(monkeypatch, device):
+    from senseflow_kernels import hinge
+
+    monkeypatch.setattr(hinge, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(hinge, "SLOTS", 8)
+    real, fake = (heads(3, [(10_000,), (7,)], device=device, seed=seed) for seed in (0, 1))
+    weight = torch.tensor([0.25, 1.0, 0.5], device=device)
+    out, grads = losses(real, fake, weight)
+    want, exact = losses([t.double() for t in real], [t.double() for t in fake], weight)
+    for a, b in zip(out + grads, want + exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=8 * torch.finfo(torch.float32).eps)
+
+
 def test_runs_are_identical(device):
     real, fake = heads(4, SIZES, device=device), heads(4, SIZES, device=device, seed=1)
     weight = torch.rand(4, generator=torch.Generator().manual_seed(0)).to(device)
@@ -105,11 +130,41 @@ def test_heads_of_different_dtypes(device):
     (lambda r, f: ([], f), "no heads"),
     (lambda r, f: (r, f[:1]), "different numbers of logits"),
     (lambda r, f: ([r[0][:1], r[1]], f), "different batches"),
+    (lambda r, f: (r[0], f), "must be a list of heads"),
+    (lambda r, f: (r, [f[0][0, 0]]), "heads must be"),
+    (lambda r, f: (r, [f[0].int(), f[1]]), "floating dtype"),
+    (lambda r, f: (r, f, 0.5), r"weight must have shape \[2\], got 0.5"),
+    (lambda r, f: (r, f, r[0]), r"weight must have shape \[2\], got \[2, 7\]"),
+    (lambda r, f: (r, f, torch.ones(2, device="meta")), "different devices"),
 ])  # fmt: skip
 def test_bad_heads_are_refused(bad, message, device):
     real, fake = heads(2, SIZES[:2], device=device), heads(2, SIZES[:2], device=device, seed=1)
     with pytest.raises(ValueError, match=message):
         hinge_discriminator(*bad(real, fake))
+
+
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_logits_without_a_second_dimension_iterators_and_a_weight_with_gradient(path, device):
+    """Heads [B]; the weight is a constant on every path."""
+    logits, weight = torch.tensor([-1.0, 3.0], device=device), torch.tensor([0.5, 2.0], device=device).requires_grad_()
+    with path():
+        loss = hinge_generator((t for t in [logits.requires_grad_()]), weight)
+        assert hinge_discriminator(iter([logits]), iter([logits]), weight).loss.item() == (0.5 * 2 + 2 * 4) / 2
+    loss.backward()
+    assert loss.item() == -(0.5 * -1 + 2 * 3) / 2
+    assert weight.grad is None and logits.grad.tolist() == [-0.25, -1.0]
+
+
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_second_derivative_is_that_of_what_comes_after(path, device):
+    """The hinge is linear in pieces: d^2 L^2 / dD^2 = 2 (dL/dD)^2, both ways of dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        head, other = torch.tensor([[-1.0, 0.5]], device=device), torch.tensor([[2.0]], device=device)
+        head, other = head.to(dtype).requires_grad_(), other.requires_grad_()
+        with path():
+            (first,) = torch.autograd.grad(hinge_generator([head, other]).square(), head, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), head)
+        torch.testing.assert_close(second, torch.full_like(head, 2 * 2 / 9), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("sides", ["both", "fake"])

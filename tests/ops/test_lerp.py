@@ -1,7 +1,10 @@
 """IDA's line: the kernel really launched, against fp64, against torch.lerp bit for bit, and across shards."""
 
+import copy
+import pickle
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,7 +88,7 @@ def test_against_fp64(dtypes, lam, device):
 @fused
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("theta_dtype", FLOATS)
-@pytest.mark.parametrize("lam", [0.99, torch.tensor(0.3), 1.0])
+@pytest.mark.parametrize("lam", [0.99, torch.tensor(0.45), 0.5, 1.0])  # weights on both sides of the half, and on it
 def test_kernel_is_the_torch_path_bit_for_bit(mode, theta_dtype, lam):
     """fp32 mode is torch.lerp itself there; the interpreter's kernel fuses as the hardware does."""
     shapes, ids, starts = [(4500,), (0,), (1,), (3, 5, 7)], [3, 1, 2, 2**31 - 1], [2**35, 0, 0, 2**36 + 8]
@@ -153,6 +156,16 @@ def chained(steps):
     assert not torch.equal(exact[0].bfloat16().float(), exact[0])
 
 
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_split_keeps_any_nan_a_nan(path):
+    """0x7FFFFFFF, CUDA's own, rounded up to bf16 as it is would be -0."""
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32, device=DEVICE).view(torch.float32)
+    phi, low = split_fp32(torch.ones(4, device=DEVICE))
+    with path():
+        Lerp([phi], [nans], "split", low=[low]).step(0.9)
+    assert phi.isnan().all() and join_fp32(phi, low).isnan().all()
+
+
 @given(st.integers(-(2**31), 2**31 - 1))
 def test_split_keeps_every_bit(pattern):
     value = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
@@ -212,6 +225,24 @@ def test_stochastic_unaligned_over_a_chunk():
     assert same(phi, other)
 
 
+@fused
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_beyond_a_tensor_is_written(mode):
+    """Sizes around a tile and a chunk, at aligned addresses and others, inside a larger tensor."""
+    for n, at in ((lerp.BLOCK - 1, 0), (lerp.BLOCK + 1, 16), (lerp.CHUNK - 1, 0), (lerp.CHUNK + 1, 3)):
+        value, theta = draws([(n + 64,)], torch.float32)[0], draws([(n + 64,)], torch.float32, seed=1)[0]
+        whole = [value] if mode == "fp32" else [*split_fp32(value)] if mode == "split" else [value.bfloat16()]
+        before = [t.clone() for t in whole]
+        inside = slice(at, at + n)
+        phi, *low = (t[inside] for t in whole)
+        with _launch.strict():
+            Lerp([phi], [theta[inside]], mode, low=low or None).step(0.5)
+        for t, b in zip(whole, before, strict=True):
+            assert not torch.equal(t[inside], b[inside])
+            t[inside] = b[inside]
+            assert torch.equal(t, b)
+
+
 def test_stochastic_kernel_keeps_a_finite_value_finite():
     """Between bf16's largest value and fp32's, where rounding up is infinite."""
     phi = [torch.full((256,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, device=DEVICE)]
@@ -247,15 +278,16 @@ def test_rounding_keeps_infinities_nans_and_zeros():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lam", [1.0, torch.tensor(1.0)])
 def test_lam_one_leaves_every_bit(mode, lam):
-    """Even of -0 and of a NaN's payload, and beside an infinite theta."""
+    """Even of -0 and of a NaN's payload, and beside an infinite theta; so does a decay of 1 with the EMA."""
     for path in (_launch.torch_path, _launch.strict):
-        p, phi, low = plan(mode, [(40,)], special=True)
+        ema = draws([(40,)], torch.float32, seed=2)
+        p, phi, low = plan(mode, [(40,)], special=True, ema=ema, ema_decay=1.0)
         p._groups[0].theta[0][0] = torch.inf
         bits(phi[0])[0] = -1 if mode == "fp32" else phi[0].view(torch.int16)[0]
-        before = [bits(t).clone() for t in (*phi, *low)]
+        before = [bits(t).clone() for t in (*phi, *low, *ema)]
         with path():
             p.step(lam)
-        assert all(torch.equal(bits(t), b) for t, b in zip((*phi, *low), before, strict=True))
+        assert all(torch.equal(bits(t), b) for t, b in zip((*phi, *low, *ema), before, strict=True))
 
 
 def test_ema_against_fp64_and_split_theta():
@@ -351,7 +383,9 @@ def test_errors():
         ([fp32.half()], [fp32], "stochastic", {}, "keeps phi in bf16"),
         ([fp32], [fp32], "other", {}, "mode must be"),
         ([fp32], [fp32], "fp32", dict(ema=[half], ema_decay=0.5), "ema must be fp32"),
-        ([fp32], [fp32], "fp32", dict(ema_decay=2.0), "ema_decay must"),
+        ([fp32], [fp32], "fp32", dict(ema=[fp32], ema_decay=2.0), "ema_decay in"),
+        ([fp32], [fp32], "fp32", dict(ema_decay=0.9), "ema goes with"),
+        ([fp32], [fp32], "fp32", dict(ema=[fp32]), "ema goes with"),
         ([fp32[::2]], [fp32[:2]], "fp32", {}, "must be dense"),
         ([half.view(2, 2).t()], [half.view(2, 2).t()], "stochastic", {}, "contiguous"),
         ([half], [half], "stochastic", dict(starts=[0, 1]), "starts 2"),
@@ -365,6 +399,54 @@ def test_errors():
     with pytest.raises(ValueError, match="twice"):
         lerp_([fp32, fp32], [half, half], 0.5)
     lerp_([], [], 0.5)
+
+
+def test_a_tensor_on_another_device_is_refused():
+    """The kernels follow bare addresses: one of another device would be read or written as if it were here."""
+    here, there = torch.zeros(4, device=DEVICE), torch.zeros(4, device="meta")
+    for phi, theta in ((here, there), (there, here)):
+        with pytest.raises(ValueError, match=r"tensor 0: phi is on .*, theta on"):
+            lerp_([phi], [theta], 0.5)
+        with pytest.raises(ValueError, match=r"tensor 0: phi is on .*, theta on"):
+            Lerp([phi], [theta])
+
+
+@pytest.mark.parametrize("path", [_launch.strict, _launch.torch_path])
+def test_a_tensor_twice_in_phi_is_refused_on_every_path(path):
+    """Moved twice, or by two programs at once."""
+    phi, theta = torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE)
+    with path(), pytest.raises(ValueError, match="twice"):
+        lerp_([phi, phi], [theta, theta], 0.5)
+    assert not phi.any()
+
+
+def test_any_iterable_and_floating_dtypes_alone():
+    net, other = torch.nn.Linear(3, 2, device=DEVICE), torch.nn.Linear(3, 2, device=DEVICE)
+    expected = [0.5 * (p + q) for p, q in zip(net.parameters(), other.parameters(), strict=True)]
+    lerp_(net.parameters(), other.parameters(), numpy.float32(0.5))
+    Lerp(net.parameters(), other.parameters()).step(1.0)
+    torch.testing.assert_close([*net.parameters()], expected)
+    with pytest.raises(ValueError, match=r"tensor 0: phi must be of a floating dtype, got torch.int64"):
+        lerp_([torch.zeros(2, dtype=torch.int64)], [torch.ones(2)], 0.5)
+
+
+def test_a_plan_is_not_copied():
+    """Its tables hold the addresses of the first one's tensors: a copy would write there, freed or not."""
+    plan = Lerp([torch.zeros(4, device=DEVICE)], [torch.ones(4, device=DEVICE)])
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="build a new one"):
+            copied(plan)
+
+
+def test_a_seed_is_its_64_bits():
+    outs = []
+    for seed in (2**64 - 1, -1, 2**63):
+        p, phi, _ = plan("stochastic", [(64,)], seed=seed)
+        p.step(0.9)
+        outs.append(phi[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    with pytest.raises(ValueError, match="tensor 0: its start must not be negative"):
+        plan("stochastic", [(64,)], starts=[-8])
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """The score gradient against DMD2's formula in fp64 and a Gaussian pair whose scores are known."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from senseflow_kernels import dmd_loss, score_gradient
+from senseflow_kernels import dmd_loss, score_gradient, torch_path
 
 
 def inputs(dtype, shape=(3, 4, 5, 6)):
@@ -24,9 +26,15 @@ def by_definition(x, x_t, fake, cond, uncond, sigma, w, alpha=None):
     return g, 0.5 * g.square().mean()
 
 
+@pytest.mark.parametrize("path", [nullcontext, torch_path], ids=["default", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["flow", "epsilon"])
-def test_against_the_definition_in_fp64(dtype, kind):
+def test_against_the_definition_in_fp64(dtype, kind, path):
+    with path():
+        against_the_definition(dtype, kind)
+
+
+def against_the_definition(dtype, kind):
     *tensors, sigma, w = inputs(dtype)
     alpha = (1 - sigma**2).sqrt() if kind == "epsilon" else None
     g, loss = by_definition(*tensors, sigma, w, alpha)
@@ -34,12 +42,12 @@ def test_against_the_definition_in_fp64(dtype, kind):
     assert (out.grad.double() - g).norm() <= 1e-6 * g.norm()
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=0)
     x = tensors[0].clone().requires_grad_()
-    dmd_loss(x, *tensors[1:], sigma=sigma, guidance=w, alpha=alpha, parameterization=kind).loss.backward()
+    (4 * dmd_loss(x, *tensors[1:], sigma=sigma, guidance=w, alpha=alpha, parameterization=kind).loss).backward()
     assert x.grad is not None
     # one rounding to the dtype of x; fp32 itself keeps 1e-6
     rtol = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     atol = 6e-8 if dtype == torch.float16 else 1e-9  # half of fp16's smallest subnormal
-    torch.testing.assert_close(x.grad.double(), g / g.numel(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(x.grad.double(), 4 * g / g.numel(), rtol=rtol, atol=atol)
 
 
 def test_gaussians_in_closed_form():
@@ -84,9 +92,39 @@ def test_batch_normaliser_and_eps():
     torch.testing.assert_close(eps.grad, one.grad * scale, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_shapes_are_named():
+def test_bad_arguments_are_named():
     *tensors, sigma, w = inputs(torch.float32)
-    with pytest.raises(ValueError, match="sigma must have shape"):
-        score_gradient(*tensors, sigma=sigma[:2], guidance=w)
-    with pytest.raises(ValueError, match="uncond needs guidance"):
-        score_gradient(*tensors, sigma=sigma)
+    for changed, match in (
+        (dict(sigma=sigma[:2]), r"sigma must have shape \[3\], got \[2\]"),
+        (dict(sigma=sigma.view(3, 1, 1, 1)), r"sigma must have shape \[3\], got \[3, 1, 1, 1\]"),
+        (dict(sigma=None), r"sigma must have shape \[3\], got None"),
+        (dict(guidance=7.5), r"guidance must have shape \[3\], got 7.5"),
+        (dict(guidance=None), "uncond needs guidance"),
+        (dict(sigma=torch.tensor([20, 500, 980])), "sigma is torch.int64"),  # timesteps
+        (dict(sigma=sigma.to("meta")), "sigma is on meta, x on cpu"),
+        (dict(fake=tensors[2].int()), "fake is torch.int32"),
+        (dict(x_t=tensors[1].to("meta")), "x_t is on meta, x on cpu"),
+        (dict(cond=tensors[3][:, :1]), "cond has shape"),
+        (dict(parameterization="v"), "parameterization must be one of"),
+        (dict(parameterization="epsilon"), "needs alpha"),
+        (dict(normaliser="all"), "normaliser must be one of"),
+    ):
+        names = ("x", "x_t", "fake", "cond", "uncond")
+        kw = dict(zip(names, tensors, strict=True)) | dict(sigma=sigma, guidance=w) | changed
+        for op in (score_gradient, dmd_loss):
+            with pytest.raises(ValueError, match=match):
+                op(**kw)
+    for shape in ((3,), (), (0, 4), (3, 0)):
+        with pytest.raises(ValueError, match="x must be"):
+            score_gradient(*[torch.ones(shape)] * 5, sigma=sigma, guidance=w)
+
+
+def test_differentiable_once_and_in_x_alone():
+    *tensors, sigma, w = (t.requires_grad_() for t in inputs(torch.float32))
+    loss = dmd_loss(*tensors, sigma=sigma, guidance=w).loss
+    (dx,) = torch.autograd.grad(loss.square(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    dmd_loss(*tensors, sigma=sigma, guidance=w).loss.backward()
+    assert all(t.grad is None for t in (*tensors[1:], sigma, w))
+    assert not dmd_loss(tensors[0].detach(), *tensors[1:], sigma=sigma, guidance=w).loss.requires_grad

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from senseflow_kernels import _launch, dmd_loss, score_gradient
-from senseflow_kernels.score import _op, score_gradient_reference
+from senseflow_kernels.score import _op, _op_gradient, score_gradient_reference
 
 EPS = torch.finfo(torch.float32).eps
 HALF = {torch.bfloat16: 2**-9, torch.float16: 2**-11, torch.float32: 2**-24}  # half an ulp, relative
@@ -127,21 +127,51 @@ def test_any_input_like_the_reference(data, batch, n, cfg, epsilon, normaliser, 
 
 def test_the_rules_for_nan_and_infinity(device):
     """As torch.nan_to_num on diff / mean: by hand, sample by sample."""
-    x = torch.zeros(5, 4, device=device)
+    x = torch.zeros(6, 4, device=device)
     x_t, fake, cond = torch.ones_like(x), torch.zeros_like(x), torch.zeros_like(x)
     fake[0, 1] = float("inf")  # the mean knows nothing of fake: -inf -> the lowest number
     cond[1, 2] = float("nan")  # the mean is NaN: the whole sample is 0
     cond[2, 0] = float("inf")  # the mean is inf: 0 elsewhere, inf / inf = NaN -> 0
     x[3] = x_t[3]  # mean 0 and diff 0: 0 / 0 -> 0
     fake[4] = -1.0
-    out = dmd_loss(x.requires_grad_(), x_t, fake, cond, sigma=torch.ones(5, device=device))
-    g = score_gradient(x.detach(), x_t, fake, cond, sigma=torch.ones(5, device=device)).grad
+    fake[5] = torch.tensor([torch.nan, -2.0, -2.0, -2.0])  # that element is 0, in g as in its rms
+    out = dmd_loss(x.requires_grad_(), x_t, fake, cond, sigma=torch.ones(6, device=device))
+    g = score_gradient(x.detach(), x_t, fake, cond, sigma=torch.ones(6, device=device)).grad
     lowest = torch.finfo(torch.float32).min
-    want = torch.zeros(5, 4)
-    want[0, 1], want[4] = lowest, 1.0
+    want = torch.zeros(6, 4)
+    want[0, 1], want[4], want[5, 1:] = lowest, 1.0, 2.0
     assert torch.equal(g.cpu(), want)
-    assert out.grad_rms.tolist()[1:] == [0, 0, 0, 1] and out.grad_rms[0] == float("inf")
+    torch.testing.assert_close(out.grad_rms[1:].cpu(), torch.tensor([0, 0, 0, 1, 3**0.5]), rtol=1e-6, atol=0)
+    assert out.grad_rms[0] == float("inf")
     assert torch.isinf(out.loss)
+
+
+@pytest.mark.parametrize("normaliser", ["sample", "batch"])
+def test_an_eps_as_large_as_the_normaliser(normaliser, device):
+    """It counts in g, in the loss and in the rms."""
+    tensors, kw = inputs((3, 5, 7), device=device)
+    options = dict(normaliser=normaliser, eps=1.5, **kw)
+    x = tensors[0].clone().requires_grad_()
+    out = dmd_loss(x, *tensors[1:], **options)
+    out.loss.backward()
+    wide = [t.double() for t in (*tensors, kw["sigma"], kw["alpha"], kw["guidance"])]
+    exact = score_gradient_reference(*wide, "flow", normaliser, 1.5)
+    close = dict(rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(out.loss.double(), exact.loss, **close)
+    torch.testing.assert_close(out.grad_rms.double(), exact.grad.square().flatten(1).mean(1).sqrt(), **close)
+    torch.testing.assert_close(x.grad.double() * x.numel(), exact.grad, **close)
+
+
+def test_the_last_program_alone_finishes_and_puts_the_counter_back(monkeypatch, device):
+    """One that finishes before finds partial sums missing, on a GPU alone; a counter left would do so next time."""
+    from senseflow_kernels import score
+
+    tensors, kw = inputs((3, 4100), device=device)  # 3 blocks a sample
+    for start, end in ((0, 0), (-1, 8)):  # with one missing nobody is the last
+        counter = torch.full((1,), start, dtype=torch.int32, device=device)
+        monkeypatch.setattr(score, "ticket", lambda _, counter=counter: counter)
+        dmd_loss(*tensors, **kw)
+        assert counter.item() == end
 
 
 def test_runs_are_identical(device):
@@ -168,6 +198,27 @@ def test_fp64_and_the_torch_path_say_so(caplog, device):
         dmd_loss(*doubles, **k)
 
 
+def test_dtensors_are_left_to_torch(caplog, device):
+    """The address of a DTensor is nobody's."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (1,))
+        tensors, kw = inputs((2, 5), device=device)
+        placed = [DTensor.from_local(t, mesh, [Replicate()]) for t in (*tensors, *kw.values())]
+        _launch._said.clear()
+        with caplog.at_level(logging.INFO, "senseflow_kernels"):
+            grad = score_gradient(*placed[:5], **dict(zip(kw, placed[5:], strict=True))).grad
+        assert [r.message for r in caplog.records] == [
+            "score_gradient runs in torch, not in Triton: the tensors are DTensors"
+        ]
+        torch.testing.assert_close(grad.to_local(), score_gradient(*tensors, **kw).grad, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_triton_one_line_and_the_same_values(monkeypatch, caplog, device):
     tensors, kw = inputs((2, 50), device=device)
     fused = score_gradient(*tensors, **kw)
@@ -179,7 +230,14 @@ def test_without_triton_one_line_and_the_same_values(monkeypatch, caplog, device
         "score_gradient runs in torch, not in Triton: Triton is not installed"
     ]
     torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-5, atol=1e-6)
+    assert _launch.reason_against(device) == "Triton is not installed"
+
+
+def test_a_machine_without_gpu_says_so(monkeypatch):
+    """Triton is there, the device is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not _launch.is_available()
+    assert "sees no CUDA device" in str(_launch.reason_against("cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +247,9 @@ def test_opcheck(dtype, cfg, device):
     tensors[0].requires_grad_()
     if not cfg:
         tensors[4], kw["guidance"] = None, None
-    torch.library.opcheck(_op, (*tensors, kw["sigma"], kw["alpha"], kw["guidance"], True, False, 1e-6))
+    args = (*tensors, kw["sigma"], kw["alpha"], kw["guidance"], True, False, 1e-6)
+    torch.library.opcheck(_op, args)
+    torch.library.opcheck(_op_gradient, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
 
 
 def test_compiles_without_a_graph_break(device):
@@ -204,6 +264,9 @@ def test_compiles_without_a_graph_break(device):
         fn(x).backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+    compiled = torch.compile(score_gradient, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*tensors, **kw), score_gradient(*tensors, **kw), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
