@@ -37,10 +37,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     o = config.option
     fast_suite = config.args_source == config.ArgsSource.TESTPATHS and o.markexpr == "not slow"
-    worker = "PYTEST_XDIST_WORKER" in os.environ
-    if fast_suite and not worker and not o.usepdb and not torch.cuda.is_available():
-        if getattr(o, "numprocesses", 0) is None:
-            o.numprocesses, o.dist = min(CORES, 8), "loadfile"
+    one_process = "PYTEST_XDIST_WORKER" in os.environ or o.usepdb or torch.cuda.is_available()
+    if fast_suite and not one_process and getattr(o, "numprocesses", 0) is None:
+        o.numprocesses, o.dist = min(CORES, 8), "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
