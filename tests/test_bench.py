@@ -12,8 +12,10 @@ from bench import (
     peers,
     report,
     targets,
+    test_attention,
     test_hinge,
     test_lerp,
+    test_mmdit,
     test_modulate,
     test_qk_norm_rope,
     test_score,
@@ -133,8 +135,12 @@ def test_every_target_of_a_gpu_finds_its_rows() -> None:
     names += [(f"lerp {kind[0]}", f"{size}: ...") for size in ("large", "small") for kind in test_lerp.KINDS]
     names += [(f"joint qkv {what}", case.name) for what in ("fwd", "bwd") for case in test_qk_norm_rope.LARGE]
     adaln = test_modulate.FLUX + test_modulate.LARGE + test_modulate.MEDIUM
-    names += [(f"adaLN {case.op} {part}", case.name) for part in ("fwd", "fwd+bwd") for case in adaln]
-    forms = (("ours", "ours"), ("DMD2", "eager"), ("compile", "compile"), ("_foreach_lerp_", "torch"))
+    names += [(f"adaLN {case.op} {part}", case.name) for part in ("fwd", "bwd", "fwd+bwd") for case in adaln]
+    names += [(f"attention {part}", case.name) for part in test_attention.PARTS for case in test_attention.CASES]
+    names += [(f"mmdit {part}", case.name) for part in test_attention.PARTS for case in test_mmdit.CASES]
+    forms = [("ours", "ours"), ("DMD2", "eager"), ("_foreach_lerp_", "torch")]
+    forms += [(form, test_mmdit.KINDS.get(form, "ours")) for form in test_mmdit.FORMS]
+    forms += [(form, "torch") for form in test_attention.FORMS if form != "ours"]
     rows = [row(form, kind, 5, op=op, case=case, mode=mode) for op, case in names for form, kind in forms
             for mode in ("call", "graph", "flushed")]  # fmt: skip
     assert [t.text for t, _, verdict in targets.judge([ROWS[0], *rows]) if verdict == "not measured"] == []
