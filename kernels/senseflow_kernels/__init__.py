@@ -5,6 +5,7 @@ CUDA tensors run fused Triton kernels, CPU tensors the same formulas in torch; s
 
 from senseflow_kernels._bf16 import join_fp32, split_fp32
 from senseflow_kernels._launch import Unavailable, is_available, launches, reason_against, strict, torch_path
+from senseflow_kernels.adamw import AdamW
 from senseflow_kernels.attention import (
     attention_backend,
     available_backends,
@@ -26,6 +27,7 @@ from senseflow_kernels.score import DMDLoss, ScoreGradient, dmd_loss, score_grad
 
 __all__ = [
     "QKV",
+    "AdamW",
     "Buckets",
     "DMDLoss",
     "HingeD",

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from bits import FUSED, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +15,6 @@ from senseflow_kernels.lerp import lerp_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 3.4e38, -3.4028235e38, torch.inf, -torch.inf, torch.nan, 1.0]
-# Whether torch.lerp rounds its multiply and add once, as csrc does: -a + (1 + e)^2 / 4 with a its fp32 value.
-_d, _p = 1 + 2**-12, -0.25 * (1 + 2**-11)
-FUSED = torch.lerp(*torch.tensor([[_p], [_d + _p]]), 0.25 * _d).item() == 2**-26
-# The same of torch.addcmul, which AdamW's second moment is made with: (1 + e)^2 - (1 + 2 e) = e^2.
-FUSED &= torch.addcmul(torch.full((64,), -(1 + 2**-11)), torch.tensor(_d), torch.tensor(_d))[0].item() == 2**-24
 pytestmark = [
     pytest.mark.skipif(_ext._cpu()[0] is None, reason=f"csrc: {_ext._cpu()[1]}"),
     pytest.mark.skipif(not FUSED, reason="torch does not fuse multiply and add here: the last bit differs"),
@@ -30,16 +26,6 @@ SIZES = [0, 1, 7, 8, 9, 513, 1023, 1025, 40_007]  # around a vector, a block, an
 @pytest.fixture(autouse=True)
 def _no_interpreter(monkeypatch):
     monkeypatch.setattr(_ext, "INTERPRET", False)
-
-
-def same(a, b):
-    """Equal bit for bit; any NaN is like any other."""
-    views = {4: torch.int32, 2: torch.int16}
-    return all(
-        (x.dtype == y.dtype and torch.equal(torch.isnan(x), torch.isnan(y)))
-        and torch.equal(x.view(views[x.element_size()])[~x.isnan()], y.view(views[y.element_size()])[~y.isnan()])
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def draws(shapes, dtype, seed=0):
