@@ -2,10 +2,11 @@
 
     python -m bench.precision [--steps 500] [--out FILE.json]
 
-theta and phi have elements of N(0, 0.02), phi a gap of 1 % to theta; every element's gradient keeps its sign and has noise
-of its own size, so that Adam moves by about lr a step. The intended move is that of the same run in fp64; the share made
-is its projection, <made, intended> / <intended, intended>: 1 is all of it. Also the cosine of the two, 1 being no noise.
-The released code's form is torch.optim.AdamW on bf16 weights and phi.mul_(lam).add_(theta, alpha=1 - lam).
+theta and phi have elements of N(0, 0.02), phi a gap of 1 % to theta; every element's gradient keeps its sign and has
+noise of its own size, so that Adam moves by about lr a step. The intended move is that of the same run in fp64; the
+share made is its projection, <made, intended> / <intended, intended>: 1 is all of it. Also the cosine of the two, 1
+being no noise. The released code's form is torch.optim.AdamW on bf16 weights and phi.mul_(lam).add_(theta,
+alpha=1 - lam). Every form starts at the same point and gets the same gradients, bf16 numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ FORMS = ("released two-op", "nearest", "stochastic", "split", "fp32")
 
 def start() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    # bf16 numbers, so that every form starts at the same point.
     theta = (0.02 * torch.randn(N, generator=g)).bfloat16().float()
     return theta, (theta * (1 + 0.01 * torch.randn(N, generator=g))).bfloat16().float()
 
@@ -35,7 +35,7 @@ def gradients(steps: int) -> Any:
     g = torch.Generator().manual_seed(1)
     sign = torch.randn(N, generator=g).sign()
     for _ in range(steps):
-        yield sign + torch.randn(N, generator=g)
+        yield (sign + torch.randn(N, generator=g)).bfloat16().float()
 
 
 def fp64_run(steps: int) -> tuple[Tensor, Tensor]:
