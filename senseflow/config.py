@@ -103,9 +103,31 @@ class Model(Section):
 @dataclass(frozen=True)
 class Data(Section):
     NAME = "data"
-    RANGES = {"batch": (1, 65536)}
-    path: str = doc("image-text source; empty: the embedded emoji", "")
+    RANGES = {
+        "batch": (1, 65536), "workers": (0, 256), "prefetch": (1, 64), "timeout": (1, 1e6), "min_aesthetic": (0, 10),
+        "max_nsfw": (0, 1), "min_side": (0, 10**6), "max_aspect": (0, 1e6), "caption_min": (0, 10**6),
+        "caption_max": (0, 10**6),
+    }  # fmt: skip
+    path: str = doc(
+        "folder of pictures, .tar pattern or URL, img2dataset folder, JSON list, list of prompts, or a cache that "
+        "senseflow.prepare made; empty: the embedded emoji", ""
+    )  # fmt: skip
     batch: int = doc("images an iteration, over all ranks", 32)
+    workers: int = doc("threads that read and decode; 0: none, the loop does it and waits", 4)
+    prefetch: int = doc("batches ready ahead", 2)
+    timeout: float = doc("seconds without a batch that stop the run", 600.0)
+    decoder: Literal["auto", "dali", "pil"] = doc("auto: DALI where it is installed and there is a GPU", "auto")
+    crop: Literal["center", "random"] = doc("which part of a picture is used, at the target's aspect", "center")
+    buckets: bool = doc("aspect buckets of about model.side^2 pixels, instead of squares", False)
+    captions: str = doc("columns of the captions, commas between, one is drawn; empty: the usual names", "")
+    caption_min: int = doc("shortest caption used, characters", 0)
+    caption_max: int = doc("longest caption used, characters", 10**6)
+    min_side: int = doc("smallest short side of a picture, pixels; 0: any", 0)
+    max_aspect: float = doc("largest long side over short side; 0: any", 0.0)
+    min_aesthetic: float = doc("lowest aesthetic score; 0: any", 0.0)
+    max_nsfw: float = doc("highest NSFW score; 1: any", 1.0)
+    aesthetic: str = doc("columns that may hold the aesthetic score", "aesthetic,aesthetic_score,AESTHETIC_SCORE")
+    nsfw: str = doc("columns that may hold the NSFW score", "punsafe,nsfw,nsfw_score")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from senseflow.config import Config, UserError, replace
 from senseflow.data.emoji import default_names, load_variants, pick_variants, to_float, to_uint8
+from senseflow.data.packages import cache_folder
 from senseflow.metrics import (
     AlignmentModel,
     ScoreNet,
@@ -148,11 +148,6 @@ def make_reference(teacher: Path, out: Path, steps: int, guidance: float, shift:
     record["many"] = asdict(reference.score(many(TEACHER_SEED), shown))
     record["few"] = few_step_scores(reference, adapter, net, shown, 4)
     (out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def cache_folder() -> Path:
-    """SENSEFLOW_CACHE, or ~/.cache/senseflow."""
-    return Path(os.environ.get("SENSEFLOW_CACHE", Path.home() / ".cache" / "senseflow"))
 
 
 def find_reference(teacher: Path, cfg: Config) -> Path:

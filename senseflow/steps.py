@@ -23,6 +23,7 @@ from senseflow.config import Config
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, omega, prediction_to_x0
+from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Adapter, Condition
 from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
@@ -97,9 +98,22 @@ def range_of(u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 def encoded(parts: Parts, batch: Batch, iteration: int) -> Batch:
-    """The batch with the latents of its pixels; the posterior's noise is drawn like everything else."""
-    noise = parts.draws.normal(iteration, batch.samples, "posterior", parts.adapter.latent_shape)
-    batch.latents = parts.adapter.encode(batch.pixels, noise)
+    """The batch with the latents of its pixels, or of the posterior it carries; the posterior's noise is drawn like
+    everything else, and is the same either way. Pixels may have any aspect (buckets)."""
+    a = parts.adapter
+    if batch.encoded:
+        return batch
+    if batch.mean is not None:
+        shape = tuple(batch.mean.shape[1:])
+    else:
+        down = autoencoder.downsampling(a.vae) if a.vae is not None else 1
+        shape = (a.latent_shape[0], *(side // down for side in batch.pixels.shape[2:]))
+    noise = parts.draws.normal(iteration, batch.samples, "posterior", shape)
+    if batch.mean is not None:
+        batch.latents = autoencoder.sample(a.vae, batch.mean, batch.logvar, noise)
+    else:
+        batch.latents = a.encode(batch.pixels, noise)
+    batch.encoded = True
     return batch
 
 
@@ -216,6 +230,8 @@ def reference_features(parts: Parts, cfg: Config, step: Step):
     """Taps of r, the sample's own real image: once an iteration, shared by every D term. None without a VFM."""
     if parts.disc is None or cfg.disc.kind != "vfm":
         return None
+    if step.batch.reference is not None:
+        return step.batch.reference
     with torch.no_grad():
         return vfm_features(parts, cfg, step.batch.pixels, step, None)
 

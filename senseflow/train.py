@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
 from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
+from senseflow.data.cache import is_cache, open_cache
 from senseflow.data.emoji import load_variants
+from senseflow.data.stream import open_stream
 from senseflow.draws import Draws
 from senseflow.evaluate import make_evaluator
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.identity import identity
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -45,6 +49,7 @@ from senseflow.steps import (
 )
 from senseflow.updates import Updates
 
+FREE_DATA_FIELDS = ("path", "workers", "prefetch", "timeout")
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
 
@@ -68,10 +73,18 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
     return heads.to(device), vfm
 
 
-def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
-    """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
+def open_data(cfg: Config, adapter: Any, device: torch.device) -> Any:
+    """The batches of data.path: a cache, a source, or the embedded emoji. Raises UserError for what is not there."""
+    if is_cache(cfg.data.path):
+        return open_cache(cfg, adapter, Draws(cfg.seed), device, identity(adapter))
     if cfg.data.path:
-        raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+        return open_stream(cfg, adapter, Draws(cfg.seed), device)
+    images = load_variants(canvas=cfg.model.side)
+    return EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
+
+
+def build(cfg: Config, device: torch.device) -> tuple[Parts, Any]:
+    """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
@@ -79,10 +92,9 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    images = load_variants(canvas=cfg.model.side)
-    data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
+    data = open_data(cfg, adapter, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
-    disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)
+    disc, vfm = build_discriminator(cfg, adapter, fake, data.example(), device)
     anchors = adapter.schedule.anchors(cfg.model.steps, cfg.model.anchors == "released")
     parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed))
     if cfg.isg.midpoint == "adaptive":
@@ -191,8 +203,9 @@ def plan(cfg: Config, parts: Parts) -> None:
     )
 
 
-def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
-    """The iteration to go on from. Raises UserError when there is nothing to resume, or a run to overwrite."""
+def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool, fingerprint: str) -> int:
+    """The iteration to go on from. Raises UserError when there is nothing to resume, or a run to overwrite, and for
+    other settings or other data (fingerprint: of the data) than before."""
     found = checkpoint.load_latest(folder / "checkpoints")
     if not wanted:
         if found:
@@ -202,6 +215,11 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
     saved, now = state["config"], to_dict(cfg)
+    for part in (saved["data"], now["data"]):  # how fast batches come is free to change, and so is where they lie
+        for name in FREE_DATA_FIELDS:
+            part.pop(name, None)
+    if state.get("data", fingerprint) != fingerprint:
+        raise UserError(f"--resume: data.path = {cfg.data.path!r} holds other samples than it did in the checkpoint")
     for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
@@ -224,13 +242,15 @@ def train(args: Arguments) -> int:
     total = cfg.train.iterations
     if args.profile:
         total = cfg.train.fake_warmup + 4 * cfg.train.gen_every  # warm-up, FLOPs, times, trace
-    first = resume(cfg, updates, out, args.resume)
+    first = resume(cfg, updates, out, args.resume, data.fingerprint)
     log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, total, resume_at=first)
+    data.begin(out, first)
     (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
     if parts.curve is not None:
         save_curve(parts.curve, parts.anchors, out)
     evaluator = make_evaluator(cfg, parts.adapter, parts.teacher)
-    parts.adapter.free_text()
+    if not data.encodes_text:
+        parts.adapter.free_text()
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()
     profiler = Profiler(args.profile, out, total, cfg.train.gen_every)
@@ -238,7 +258,7 @@ def train(args: Arguments) -> int:
         phased(parts, profiler)
 
     def save(iteration: int) -> None:
-        state = {"config": to_dict(cfg), "updates": updates.state()}
+        state = {"config": to_dict(cfg), "updates": updates.state(), "data": data.fingerprint}
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
         save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
 
@@ -254,12 +274,15 @@ def train(args: Arguments) -> int:
             log.warn(warning)
 
     done = first
-    with Stop() as stop, log, senseflow_kernels.strict(cfg.kernels.strict):
+    with Stop() as stop, log, closing(data), senseflow_kernels.strict(cfg.kernels.strict):
         if first == 0 and not args.profile:
             look(0)
         for iteration in range(first, total):
-            batch = encoded(parts, data.batch(iteration, cfg.data.batch), iteration)
             with profiler.iteration():
+                with parts.phase("data"):  # waiting for it; a source's prompts are encoded here too
+                    batch = data.batch(iteration, cfg.data.batch)
+                with parts.phase("encode"):
+                    batch = encoded(parts, batch, iteration)
                 metrics = iterate(cfg, parts, updates, batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:

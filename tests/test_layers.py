@@ -15,7 +15,7 @@ FLOORS = {
     2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics",
     3: "senseflow.algo",
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.sample senseflow.export",
-    5: "senseflow.evaluate senseflow.prepare senseflow.pretrain",
+    5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +15,23 @@ from senseflow.models.adapter import Condition
 
 @dataclass
 class Batch:
-    """latents [B, C, H, W]; pixels fp32 [B, 3, Hp, Wp] in [-1, 1]; samples int64 [B], global sample indices."""
+    """latents [B, C, H, W]; pixels fp32 [B, 3, Hp, Wp] in [-1, 1]; samples int64 [B], global sample indices.
+
+    mean [B, C, H, W] and logvar, of the same shape or None (the mean itself is meant): the VAE's posterior where a
+    cache holds it; latents are then still to be drawn (`steps.encoded`). encoded: latents are as they shall be.
+    reference: the backbone's taps of the pixels, [B, D, h, w] each, where a cache holds them. items: int64 [B], on the
+    host, which items of the source these are.
+    """
 
     latents: Tensor
     pixels: Tensor
     cond: Condition
     samples: Tensor
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    encoded: bool = False
+    reference: list[Tensor] | None = None
+    items: Tensor | None = None
 
 
 @lru_cache(maxsize=4)
@@ -36,6 +48,9 @@ def shuffled_index(seed: int, first: int, batch: int, count: int) -> Tensor:
 class EmbeddedData:
     """The emoji variants in memory, with their prompt embeddings. Latents are the pixels (identity VAE)."""
 
+    encodes_text = False  # all of it at the start: the text encoders may go
+    fingerprint = "emoji"
+
     def __init__(self, variants: EmojiSet, cond: Condition, seed: int, device: str | torch.device):
         self.images = variants.images  # uint8 [N, V, 3, H, W], on the host
         self.cond = cond.to(device)
@@ -44,6 +59,16 @@ class EmbeddedData:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def begin(self, out: Path, first: int) -> None:
+        """Nothing of the embedded set is ever skipped."""
+
+    def close(self) -> None:
+        """No threads."""
+
+    def example(self) -> Condition:
+        """Any one prompt."""
+        return self.cond.index(torch.zeros(1, dtype=torch.long))
 
     def batch(self, iteration: int, size: int) -> Batch:
         """The global batch of an iteration; its samples carry the indices iteration * size + 0 ... size - 1."""

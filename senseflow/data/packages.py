@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 INSTALL = "run: pip install -e '.[train]'"
+
+
+def cache_folder() -> Path:
+    """SENSEFLOW_CACHE, or ~/.cache/senseflow."""
+    return Path(os.environ.get("SENSEFLOW_CACHE", Path.home() / ".cache" / "senseflow"))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex. Computed once (10 GB take some 10 s) and kept in cache_folder()/digests by the file's
+    path, size and time. Raises OSError."""
+    stat = path.stat()
+    name = hashlib.sha256(json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns]).encode()).hexdigest()
+    kept = cache_folder() / "digests" / name
+    try:
+        found = kept.read_text()
+        if len(found) == 64:
+            return found
+    except OSError:
+        pass
+    found = _digest(path, stat.st_size, stat.st_mtime_ns)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(found)
+        os.replace(partial, kept)
+    except OSError:
+        pass  # no room: computed again next time
+    return found
 
 
 def package_file(package: str, relative_path: str, sha256: str) -> Path:

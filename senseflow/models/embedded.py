@@ -15,7 +15,7 @@ from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, middle_tokens
-from senseflow.models.text import embed_prompts
+from senseflow.models.text import embed_prompts, load_encoder
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
 
@@ -112,7 +112,8 @@ class EmbeddedAdapter:
         return list(net.transformer_blocks)
 
     def free_text(self) -> None:
-        """The text encoder is loaded for each call alone: nothing to drop."""
+        """Drops the text encoder from memory; the next prompt loads it again."""
+        load_encoder.cache_clear()
 
     def predict(
         self, net: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -16,13 +18,9 @@ WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 
 
-@torch.no_grad()
-def embed_prompts(prompts: Sequence[str], batch: int = 64) -> Condition:
-    """Encodes prompts: token embeddings fp32 [N, 16, 384], zero where there is no token, and their normalised
-    mean fp32 [N, 384]. Prompts longer than 16 tokens are cut.
-
-    Raises UserError when the package is missing or its files are not the pinned ones.
-    """
+@lru_cache(maxsize=1)
+def load_encoder() -> tuple[Any, Any]:
+    """(tokenizer, encoder), kept for the next call: 91 MB. Raises UserError as `embed_prompts`."""
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
@@ -30,7 +28,17 @@ def embed_prompts(prompts: Sequence[str], batch: int = 64) -> Condition:
     folder = package_file(PACKAGE, "model/model.safetensors", WEIGHTS_SHA256).parent
     package_file(PACKAGE, "model/tokenizer.json", TOKENIZER_SHA256)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    return tokenizer, AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+
+@torch.no_grad()
+def embed_prompts(prompts: Sequence[str], batch: int = 64) -> Condition:
+    """Encodes prompts: token embeddings fp32 [N, 16, 384], zero where there is no token, and their normalised
+    mean fp32 [N, 384]. Prompts longer than 16 tokens are cut.
+
+    Raises UserError when the package is missing or its files are not the pinned ones.
+    """
+    tokenizer, encoder = load_encoder()
     embeds, pooled = [], []
     for start in range(0, len(prompts), batch):
         tokens = tokenizer(

@@ -13,9 +13,21 @@ def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
     `noise`, of the latents' shape. No gradient. vae None: the pixels."""
     if vae is None:
         return pixels
-    with torch.no_grad():
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    z = posterior.mean.to(noise.dtype) + posterior.std.to(noise.dtype) * noise
+    return sample(vae, *posterior(vae, pixels), noise)
+
+
+@torch.no_grad()
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, logvar) [B, C, H/s, W/s] of a VAE's posterior, in its dtype; unscaled. logvar lies in [-30, 20]."""
+    found = vae.encode(pixels.to(vae.dtype)).latent_dist
+    return found.mean, found.logvar
+
+
+def sample(vae: Any, mean: Tensor, logvar: Tensor | None, noise: Tensor) -> Tensor:
+    """Latents (z - shift) * scale, in noise's dtype, of the posterior's sample z by `noise`; logvar None: its mean."""
+    z = mean.to(noise.dtype)
+    if logvar is not None:
+        z = z + torch.exp(0.5 * logvar.to(noise.dtype)) * noise
     return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 

@@ -1,0 +1,183 @@
+"""Writing a cache so that a crash, a kill or a full disk at any instant leaves no half shard that counts.
+
+A shard is written beside its place, synced and renamed; its record (a JSON beside it: rows, captions, what was skipped,
+sha256) is there first. The index is written when all shards are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from senseflow.config import UserError
+from senseflow.data.cache import FORMAT, differing
+from senseflow.data.files import write_whole
+from senseflow.data.samples import Skip, Skipped
+
+
+def shard_file(folder: Path, kind: str, number: int) -> Path:
+    """kind: images or prompts."""
+    return folder / "shards" / f"{kind}-{number:05d}.safetensors"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around all writing into a cache: one run at a time, and a full disk is one line. Raises UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cache {folder} cannot be written: {why}; what is finished stays, run it again") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """This run alone writes there. Raises UserError where another does."""
+    with writing(folder):
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"cache {folder} is being written by another run") from None
+        for left in (folder / "shards").glob(".*partial*"):
+            left.unlink()
+        yield
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Records the settings, or compares them with those recorded. Raises UserError naming a field that differs."""
+    file = folder / "settings.json"
+    if not file.exists():
+        write_whole(file, to_json(settings))
+        return
+    try:
+        recorded = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} does not parse: give another --out") from None
+    differing(recorded, json.loads(to_json(settings)))
+
+
+def write_shard(folder: Path, kind: str, number: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Puts a shard and its record in place. A shard without tensors (all its samples are unusable) is an empty file of
+    the same format. Raises OSError, SafetensorError."""
+    from safetensors.torch import save_file
+
+    file = shard_file(folder, kind, number)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+        with partial.open("rb+") as f:
+            os.fsync(f.fileno())
+        digest = sha256_of(partial)
+        write_whole(file.with_suffix(".json"), to_json(record | {"sha256": digest}))
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def finished(folder: Path, kind: str, number: int) -> dict[str, Any] | None:
+    """A shard's record, None where it is not there."""
+    file = shard_file(folder, kind, number)
+    if not file.is_file():
+        return None
+    return json.loads(file.with_suffix(".json").read_text())
+
+
+def skips_of(record: dict[str, Any]) -> list[Skip]:
+    """What a shard's record lists as unusable."""
+    return [Skip(*row) for row in record["skipped"]]
+
+
+def distinct_captions(folder: Path, shards: int) -> dict[str, int]:
+    """Caption -> its number, in the order of the samples."""
+    found: dict[str, int] = {}
+    for number in range(shards):
+        record = finished(folder, "images", number)
+        assert record is not None
+        for *_, captions in record["rows"]:
+            for caption in captions:
+                found.setdefault(caption, len(found))
+    return found
+
+
+def finish(
+    folder: Path, shards: int, prompt_shards: int, dropped: list[Skip], total: int, extra: dict[str, Any]
+) -> int:
+    """Writes skipped.jsonl, index.safetensors and index.json; returns the number of samples.
+
+    extra: what index.json says besides. Raises UserError where too much was unusable.
+    """
+    from safetensors.numpy import save
+
+    captions = distinct_captions(folder, shards)
+    sizes: list[list[int]] = []
+    rows: list[tuple[int, int, int]] = []
+    first, prompts, files = [0], [], {}
+    skipped = Skipped(str(folder), total, dropped)
+    tensors: set[str] = set()
+    for number in range(shards):
+        record = finished(folder, "images", number)
+        assert record is not None
+        skipped.add(skips_of(record), total)
+        tensors |= set(record["tensors"])
+        for size, row, texts in record["rows"]:
+            if size not in sizes:
+                sizes.append(size)
+            rows.append((number, sizes.index(size), row))
+            prompts += [captions[text] for text in texts]
+            first.append(len(prompts))
+        files[f"shards/images-{number:05d}.safetensors"] = record["sha256"]
+    for number in range(prompt_shards):
+        record = finished(folder, "prompts", number)
+        assert record is not None
+        files[f"shards/prompts-{number:05d}.safetensors"] = record["sha256"]
+    skipped.begin(folder / "skipped.jsonl", fresh=True)
+    columns = np.array(rows, np.int64).reshape(len(rows), 3)
+    index = {"shard": columns[:, 0], "size": columns[:, 1], "row": columns[:, 2], "first": first, "prompts": prompts}
+    data = save({k: np.ascontiguousarray(np.array(v, np.int64)) for k, v in index.items()})
+    write_whole(folder / "index.safetensors", data)
+    files["index.safetensors"] = hashlib.sha256(data).hexdigest()
+    counts = dict(samples=len(rows), prompts=len(captions), skipped=dict(sorted(skipped.counts.items())))
+    record = dict(format=FORMAT, sizes=sizes, tensors=sorted(tensors), files=files, **counts, **extra)
+    write_whole(folder / "index.json", to_json(record))
+    return len(rows)
+
+
+def verify(folder: Path) -> Counter[str]:
+    """Rereads every file of a finished cache: {"good": n, "bad": n}; a bad one is named in a line. Raises UserError for
+    a cache that is not finished."""
+    if not (folder / "index.json").is_file():
+        raise UserError(f"cache {folder} is not finished: run the same senseflow.prepare again, it goes on")
+    counts = Counter(good=0, bad=0)
+    for name, expected in json.loads((folder / "index.json").read_text())["files"].items():
+        try:
+            flaw = "" if sha256_of(folder / name) == expected else "its checksum differs"
+        except OSError as error:
+            flaw = str(error.strerror)
+        counts["bad" if flaw else "good"] += 1
+        if flaw:
+            print(f"{folder / name}: {flaw}", flush=True)
+    return counts

@@ -1,0 +1,286 @@
+"""Builds a cache of latents, prompt embeddings and pixels.
+
+    python -m senseflow.prepare [PRESET] --data PATH --out CACHE
+
+Stop it at any time and run it again: it goes on. `python -m senseflow.train [PRESET] --data CACHE` trains from it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senseflow import __version__
+from senseflow.cli import convert, parse
+from senseflow.config import Config, UserError, describe
+from senseflow.data import shards
+from senseflow.data.cache import setting_fields
+from senseflow.data.samples import Skipped
+from senseflow.data.stream import Items, choose
+from senseflow.encoding import LATENT_DTYPES, Maker, Options, space
+from senseflow.models.identity import identity
+
+HELP = {
+    "out": "the cache's folder",
+    "latents": "posterior (mean and logvar: sampled anew each time it is seen) | mean",
+    "latents_dtype": "fp32 | fp16 | bf16 | auto: fp16 where model.dtype is bf16, else fp32",
+    "pixels": "short side of the uint8 pixels kept for the discriminator; -1: as they are; 0: none",
+    "shard": "samples (and prompts) a file",
+    "batch": "pictures encoded at once",
+    "processes": "0: one a GPU, or one",
+    "features": "keep the backbone's features of each picture too (their size is said first)",
+    "teacher_samples": "prompts alone: this many steps of the teacher make the pictures; 0: none",
+    "verify": "reread every file of a finished cache, then stop",
+}
+
+
+def arguments(argv: list[str]) -> tuple[Options, Config]:
+    """prepare's own flags, and the others as train has them. Raises UserError."""
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Options)}
+    rest, found = [], {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, given, value = word.removeprefix("--").partition("=")
+        field = name.replace("-", "_")
+        if not word.startswith("--") or field not in kinds:
+            rest.append(word)
+            continue
+        if kinds[field] is bool:
+            found[field] = True
+            continue
+        if not given:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: {describe(kinds[field])}")
+            value = words.pop(0)
+        found[field] = convert(name, kinds[field], value)
+    if any(word in ("-h", "--help") for word in rest):
+        print(
+            (__doc__ or "").strip() + "\n\n" + "\n".join(f"  --{k.replace('_', '-'):<20} {v}" for k, v in HELP.items())
+        )
+        print("\nBesides, every setting of a run: see python -m senseflow.train --help")
+        sys.exit(0)
+    options, cfg = Options(**found), parse(rest, "").config
+    if not options.out:
+        raise UserError("--out is missing: name the cache's folder")
+    for field, allowed in (("latents", ("posterior", "mean")), ("latents_dtype", ("auto", *LATENT_DTYPES))):
+        if getattr(options, field) not in allowed:
+            raise UserError(
+                f"--{field.replace('_', '-')} {getattr(options, field)!r}: allowed is {' | '.join(allowed)}"
+            )
+    for field, low in (("shard", 1), ("batch", 1), ("processes", 0), ("teacher_samples", 0), ("pixels", -1)):
+        if getattr(options, field) < low:
+            raise UserError(f"--{field.replace('_', '-')} {getattr(options, field)}: allowed is {low} or more")
+    if not cfg.data.path and not options.verify:
+        raise UserError("--data is missing: name a folder of pictures or another source")
+    if cfg.data.crop != "center":
+        raise UserError("data.crop = 'random': a cache holds one crop; allowed is center")
+    if options.latents_dtype == "auto":
+        options = replace(options, latents_dtype="fp16" if cfg.model.dtype == "bf16" else "fp32")
+    return options, cfg
+
+
+class Progress:
+    """A line every ten seconds: samples done, a second, time left."""
+
+    def __init__(self, kind: str, total: int, done: int):
+        self.kind, self.total, self.first, self.done = kind, total, done, done
+        self.began = self.spoke = time.monotonic()
+
+    def add(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.spoke >= 10:
+            self.spoke = now
+            self.say()
+
+    def say(self) -> None:
+        rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
+        left = (self.total - self.done) / rate / 60 if rate else 0
+        print(f"{self.kind} {self.done:,}/{self.total:,}  {rate:.1f}/s  {left:.1f} min left", flush=True)
+
+
+def shard_total(kind: str, options: Options, items: Items) -> tuple[int, int]:
+    """(shards, samples) of a kind; of prompts once the image shards are there."""
+    count = len(items.selection.keep)
+    shard_count = math.ceil(count / options.shard)
+    if kind == "prompts":
+        count = len(shards.distinct_captions(Path(options.out), shard_count))
+    return math.ceil(count / options.shard), count
+
+
+def make_shards(kind: str, maker: Maker, options: Options, mine: range, count: Any) -> None:
+    """Makes those shards of `mine` that are not there. Raises UserError when a file cannot be written, or too many
+    samples are unusable."""
+    folder, items = Path(options.out), maker.items
+    captions: list[str] = []
+    if kind == "prompts":
+        captions = list(shards.distinct_captions(folder, shard_total("images", options, items)[0]))
+    skipped, tried = Skipped(items.source.path, len(items.selection.keep)), 0
+    for number in mine:
+        record = shards.finished(folder, kind, number)
+        if record is None:
+            if kind == "images":
+                tensors, record = maker.images_of(number, count)
+            else:
+                tensors, record = maker.prompts_of(
+                    captions[number * options.shard : (number + 1) * options.shard], count
+                )
+            with shards.writing(folder):
+                shards.write_shard(folder, kind, number, tensors, record)
+        if kind == "images":
+            tried += len(maker.shard(number))
+            skipped.add(shards.skips_of(record), tried)
+
+
+def _process(kind: str, options: Options, cfg: Config, rank: int, processes: int, done: Any, faults: Any) -> None:
+    """One of several processes: every `processes`-th shard. Ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it
+    parent = os.getppid()
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+
+    def count(n: int) -> None:
+        with done.get_lock():
+            done.value += n
+        if os.getppid() != parent:
+            os._exit(1)
+
+    try:
+        device = (
+            torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        maker = Maker(cfg, options, choose(cfg, quiet=True), device)
+        total, _ = shard_total(kind, options, maker.items)
+        make_shards(kind, maker, options, range(rank, total, processes), count)
+    except UserError as error:
+        faults.put(str(error))
+
+
+def in_processes(kind: str, options: Options, cfg: Config, processes: int, progress: Progress) -> None:
+    """make_shards in several processes. Raises UserError when one of them does, or dies; the others are ended."""
+    context = torch.multiprocessing.get_context("spawn")
+    done, faults = context.Value("q", 0), context.SimpleQueue()
+    running = [
+        context.Process(target=_process, args=(kind, options, cfg, rank, processes, done, faults), daemon=True)
+        for rank in range(processes)
+    ]
+    try:
+        for process in running:
+            process.start()
+        while any(p.is_alive() for p in running):
+            time.sleep(0.2)
+            progress.add(done.value - (progress.done - progress.first))
+            if any(p.exitcode for p in running) or not faults.empty():
+                break
+        if not faults.empty():
+            raise UserError(faults.get())
+        for rank, process in enumerate(running):
+            if process.exitcode:
+                raise UserError(
+                    f"process {rank} ended with code {process.exitcode}; what is finished stays, run it again"
+                )
+    finally:
+        for process in running:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+
+
+def settings_of(options: Options, cfg: Config, items: Items, adapter: Any) -> dict[str, Any]:
+    """Everything that decides a cache's bytes, as recorded and compared."""
+    d, e = cfg.disc, cfg.eval
+    out = setting_fields(cfg) | {f"weights.{k}": v for k, v in identity(adapter).items()}
+    out |= {k: getattr(options, k) for k in ("latents", "latents_dtype", "pixels", "shard", "batch")}
+    features = {"disc.backbone": d.backbone, "disc.taps": list(d.taps), "disc.size": d.size}
+    teacher = {"steps": options.teacher_samples, "guidance": e.teacher_guidance, "shift": e.teacher_shift}
+    kind = "source" if items.source.has_images else "teacher" if options.teacher_samples else "none"
+    return out | {
+        "images": kind, "source": items.fingerprint, "decoder": cfg.data.decoder,
+        "features": features if options.features else {}, "teacher_samples": teacher if options.teacher_samples else {},
+    }  # fmt: skip
+
+
+def check_space(folder: Path, maker: Maker, missing: int) -> None:
+    """Says how much the samples still to be made take; raises UserError where the disk has less."""
+    parts = space(maker)
+    needed, free = sum(parts.values()) * missing, shutil.disk_usage(folder).free
+    each = ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in parts.items())
+    print(
+        f"a sample: {each or 'its prompt alone'}; {missing:,} to make: {needed / 1e9:.3g} GB, then the prompts",
+        flush=True,
+    )
+    if needed > free:
+        raise UserError(f"cache {folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+
+
+def prepare(options: Options, cfg: Config) -> None:
+    """Makes what is missing of a cache. Raises UserError."""
+    folder, items = Path(options.out), choose(cfg)
+    if options.teacher_samples and items.source.has_images:
+        raise UserError(
+            f"--teacher-samples: data.path = {cfg.data.path!r} has images of its own; allowed are prompts alone"
+        )
+    cuda = torch.cuda.is_available()
+    processes = options.processes or max(torch.cuda.device_count(), 1)
+    with shards.locked(folder):
+        maker = Maker(cfg, options, items, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+        with shards.writing(folder):
+            shards.begin(folder, settings_of(options, cfg, items, maker.adapter))
+        totals = {}
+        for kind in ("images", "prompts"):
+            total, samples = totals[kind] = shard_total(kind, options, items)
+            there = [n for n in range(total) if shards.finished(folder, kind, n) is not None]
+            done = sum(min(options.shard, samples - n * options.shard) for n in there)
+            if kind == "images":
+                check_space(folder, maker, samples - done)
+            progress = Progress(kind, samples, done)
+            if processes == 1 or done == samples:
+                make_shards(kind, maker, options, range(total), progress.add)
+            else:
+                in_processes(kind, options, cfg, processes, progress)
+            progress.done = samples
+            progress.say()
+        first = shards.finished(folder, "prompts", 0)
+        assert first is not None
+        extra = dict(
+            prompts_per_shard=options.shard, text_dtype=first["text_dtype"],
+            fingerprint=items.fingerprint, made_with={"torch": torch.__version__, "senseflow": __version__},
+        )  # fmt: skip
+        dropped = items.source.dropped
+        with shards.writing(folder):
+            total = len(items.selection.keep) + sum(s.samples for s in dropped)
+            kept = shards.finish(folder, totals["images"][0], totals["prompts"][0], dropped, total, extra)
+    print(f"{kept:,} samples, {totals['prompts'][1]:,} prompts in {folder}; train with --data {folder}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: 0 done, 1 a bad file found by --verify, 2 bad input, 130 interrupted (run it again, it goes on)."""
+    try:
+        options, cfg = arguments(sys.argv[1:] if argv is None else argv)
+        if cfg.train.threads > 0:
+            torch.set_num_threads(cfg.train.threads)
+        if options.verify:
+            counts = shards.verify(Path(options.out))
+            print(f"{counts['good']} files as they were written, {counts['bad']} not", flush=True)
+            return 1 if counts["bad"] else 0
+        prepare(options, cfg)
+    except UserError as error:
+        print(f"senseflow.prepare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again, it goes on", flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
