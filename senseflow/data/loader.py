@@ -119,7 +119,9 @@ class Loader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def tasks(self, iteration: int, size: int) -> tuple[Tensor, list[Task]]:
-        """(samples int64 [b], their tasks): this rank's rows of the batch."""
+        """(samples int64 [b], their tasks): this rank's rows of the batch. Raises UserError where it has none."""
+        if size < self.world:
+            raise UserError(f"data.batch = {size}: allowed is at least one sample a rank, and there are {self.world}")
         plan = self.order.plan(iteration, size)
         rows = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
         samples = torch.arange(iteration * size, (iteration + 1) * size)[rows]
