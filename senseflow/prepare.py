@@ -258,7 +258,8 @@ def prepare(options: Options, cfg: Config) -> None:
         dropped = items.source.dropped
         with shards.writing(folder):
             total = len(items.selection.keep) + sum(s.samples for s in dropped)
-            kept = shards.finish(folder, totals["images"][0], totals["prompts"][0], dropped, total, extra)
+            skipped = Skipped(str(folder), total, dropped)
+            kept = shards.finish(folder, totals["images"][0], totals["prompts"][0], items.sizes, skipped, extra)
     print(f"{kept:,} samples, {totals['prompts'][1]:,} prompts in {folder}; train with --data {folder}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Pictures to pixels: colour, orientation and resize against truths; Pillow and DALI agree; what is unusable, by reason."""
+"""Pictures to pixels: colour, orientation, resize against truths; Pillow and DALI agree; what is unusable."""
 
 import io
 
@@ -146,8 +146,7 @@ def photos() -> list[bytes]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, on_gpu])])
 def test_dali_and_pillow_give_the_same_pictures(device):
     """Mean difference within 1.5 of 255 for every picture, at three sizes: down, up and another aspect. What is left on
-    the CPU is rounding: DALI rounds once, at the end, Pillow between its two passes too; a file at its own size is equal.
-    """
+    the CPU is rounding: DALI rounds once, Pillow between its two passes too; a file at its own size is equal."""
     dali, pil = DaliDecoder(2, None if device == "cpu" else 0), PilDecoder()
     jobs = [(data, (i / 20 % 1, 0.5)) for i, data in enumerate(photos())]
     for size in ((512, 512), (256, 384), (64, 64)):
@@ -167,7 +166,9 @@ def test_dali_and_pillow_give_the_same_pictures(device):
 def test_dali_names_the_same_faults_and_goes_on():
     dali = DaliDecoder(2)
     broken = bytearray(jpeg(0, 300, 300))
-    broken[20:400] = b"\0" * 380  # its tables gone, its end whole: DALI itself meets it
+    at = broken.index(b"\xff\xc4") + 4
+    broken[at : at + 17] = b"\xff" * 17  # no Huffman table; header and end are whole: DALI itself meets it
+    assert plain_jpeg(bytes(broken)) == (300, 300)
     jobs = [
         (jpeg(1), MIDDLE),
         *((data, MIDDLE) for data, _ in BAD_IMAGES.values()),
@@ -178,6 +179,6 @@ def test_dali_names_the_same_faults_and_goes_on():
         found = dali.decode_batch(jobs, (32, 32))
         reasons = [f.reason for f in found if isinstance(f, BadSample)]
         assert reasons[: len(BAD_IMAGES)] == [why for _, why in BAD_IMAGES.values()]
-        assert len(reasons) == len(BAD_IMAGES) + 1 and reasons[-1] in ("corrupt image", "truncated", "not an image")
+        assert reasons[len(BAD_IMAGES) :] == ["corrupt image"] and dali.pipe is None
         for i, seed in ((0, 1), (len(jobs) - 1, 2)):
             assert np.abs(np.asarray(found[i]).astype(float) - fitted(rgb(jpeg(seed)), (32, 32), MIDDLE)).mean() < 0.5

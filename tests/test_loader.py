@@ -183,5 +183,5 @@ def test_a_full_disk_while_listing_is_one_line(tmp_path):
 
 
 def test_a_rank_with_no_rows_is_refused():
-    with pytest.raises(UserError, match="data.batch = 2: allowed is at least one sample a rank"):
+    with pytest.raises(UserError, match=r"data.batch = 2: allowed is at least one sample a rank"):
         loader(Numbered(), 9, rank=0, world=3).batch(0, 2)

@@ -47,7 +47,8 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def bucket_sizes(side: int, max_aspect: float = 2.0) -> list[tuple[int, int]]:
     """(height, width) of the aspect buckets, pixels: the square, and every width at the largest height for which the
-    area stays within side^2, both ways round. Multiples of 64, of 16 below 512 pixels a side; long over short up to max_aspect."""
+    area stays within side^2, both ways round. Multiples of 64, of 16 below 512 pixels a side; long over short up to
+    max_aspect."""
     step = 64 if side >= 512 else 16
     found = {(side, side)}
     for width in range(step, 2 * side + 1, step):

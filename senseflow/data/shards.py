@@ -124,29 +124,27 @@ def distinct_captions(folder: Path, shards: int) -> dict[str, int]:
 
 
 def finish(
-    folder: Path, shards: int, prompt_shards: int, dropped: list[Skip], total: int, extra: dict[str, Any]
+    folder: Path, shards: int, prompt_shards: int, sizes: list[tuple[int, int]], skipped: Skipped, extra: dict[str, Any]
 ) -> int:
     """Writes skipped.jsonl, index.safetensors and index.json; returns the number of samples.
 
-    extra: what index.json says besides. Raises UserError where too much was unusable.
+    sizes: (height, width) of the pictures, numbered as the order of training numbers its buckets. skipped: of the
+    whole source, what its listing drops included. extra: what index.json says besides. Raises UserError where too much
+    was unusable.
     """
     from safetensors.numpy import save
 
     captions = distinct_captions(folder, shards)
-    sizes: list[list[int]] = []
     rows: list[tuple[int, int, int]] = []
     first, prompts, files = [0], [], {}
-    skipped = Skipped(str(folder), total, dropped)
     tensors: set[str] = set()
     for number in range(shards):
         record = finished(folder, "images", number)
         assert record is not None
-        skipped.add(skips_of(record), total)
+        skipped.add(skips_of(record), skipped.total)
         tensors |= set(record["tensors"])
         for size, row, texts in record["rows"]:
-            if size not in sizes:
-                sizes.append(size)
-            rows.append((number, sizes.index(size), row))
+            rows.append((number, sizes.index(tuple(size)), row))
             prompts += [captions[text] for text in texts]
             first.append(len(prompts))
         files[f"shards/images-{number:05d}.safetensors"] = record["sha256"]

@@ -1,0 +1,427 @@
+"""Caches: equal to the images they were made of, whole after any kill, refused where they do not suit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_sets import jpeg, write_bad_folder, write_folder
+from tiny_pipelines import write_flux, write_sd3, write_sdxl
+
+from senseflow.cli import parse
+from senseflow.config import UserError, to_dict
+from senseflow.data.cache import CHOICES, CacheReader, read_row
+from senseflow.data.samples import BadSample
+from senseflow.prepare import main as prepare
+from senseflow.steps import encoded as with_latents
+from senseflow.train import build, iterate
+from senseflow.updates import Updates
+
+pytest.importorskip("diffusers")
+CPU = torch.device("cpu")
+WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write_sd3, "flux-dev": write_flux,
+         "sdxl": write_sdxl}  # fmt: skip
+SMALL = [f"--{setting}" for setting in (
+    "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=3", "data.workers=2", "train.gen_every=1",
+    "isg.midpoint=uniform", "disc.taps=-1,2", "disc.size=28", "disc.width=8", "disc.downsample=1", "disc.backbone=",
+)]  # fmt: skip
+PREPARE = [s for s in SMALL if not s.startswith("--data.batch")]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(tmp_path_factory.getbasetemp() / "senseflow-cache"))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """teachers(preset): its tiny pipeline, made once."""
+    root, made = tmp_path_factory.mktemp("pipelines"), {}
+
+    def teacher(preset: str) -> str:
+        if preset not in made:
+            made[preset] = str(WRITE[preset](root / preset))
+        return made[preset]
+
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Nine pictures of three aspects, two with the same caption, one with two captions."""
+    folder = write_folder(tmp_path_factory.mktemp("pictures"), 3, width=90, height=80)
+    for i, (w, h) in enumerate([(120, 64), (64, 120), (128, 70), (66, 110), (70, 70), (90, 90)], 3):
+        (folder / f"{i:04d}.jpg").write_bytes(jpeg(i, w, h))
+        (folder / f"{i:04d}.txt").write_text("a red apple")
+    (folder / "0008.json").write_text(json.dumps({"caption": ["a blue star", "a penguin"]}))
+    return folder
+
+
+def config(preset, teacher, data, *more):
+    words = [preset, "--data", str(data), *SMALL, *more]
+    return parse(words if preset == "tiny" else [*words, "--teacher", teacher], "").config
+
+
+def batches(cfg, count=4):
+    parts, data = build(cfg, CPU)
+    found = [with_latents(parts, data.batch(i, cfg.data.batch), i) for i in range(count)]
+    data.close()
+    return found
+
+
+@pytest.mark.parametrize("preset", WRITE)
+def test_training_from_the_cache_is_training_from_the_images(preset, teachers, pictures, tmp_path):
+    """The same batches (same order, captions, posterior noise), and the same losses and gradient norms over an epoch:
+    the VAE and the encoders are run in other batches, which changes the last bits of their sums alone."""
+    teacher, flags = teachers(preset), ["--data.buckets", "true"] if preset == "flux-dev" else []
+    out = tmp_path / "cache"
+    assert prepare([preset, "--teacher", teacher, "--data", str(pictures), "--out", str(out), *PREPARE, *flags]) == 0
+    rows = []
+    for source in (pictures, out):
+        cfg = config(preset, teacher, source, *flags)
+        parts, data = build(cfg, CPU)
+        updates = Updates(cfg, parts)
+        run = []
+        for i in range(4):
+            batch = with_latents(parts, data.batch(i, 3), i)
+            metrics = iterate(cfg, parts, updates, batch, i)
+            run.append((batch, {k: float(v) for k, v in metrics.items()}))
+        data.close()
+        rows.append(run)
+    for (a, first), (b, second) in zip(*rows, strict=True):
+        assert torch.equal(a.items, b.items) and torch.equal(a.pixels, b.pixels) and torch.equal(a.samples, b.samples)
+        torch.testing.assert_close(b.latents, a.latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b.cond.embeds, a.cond.embeds, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b.cond.pooled, a.cond.pooled, rtol=1e-5, atol=1e-5)
+        assert first == pytest.approx(second, rel=1e-3, abs=1e-5)
+    assert len({tuple(batch.pixels.shape[2:]) for batch, _ in rows[0]}) == (3 if flags else 1)
+
+
+@pytest.fixture(scope="module")
+def sdxl_cache(teachers, pictures, tmp_path_factory):
+    """(flags, folder) of a cache in shards of two."""
+    out = tmp_path_factory.mktemp("caches") / "sdxl"
+    flags = ["sdxl", "--teacher", teachers("sdxl"), "--data", str(pictures), *PREPARE, "--shard", "2", "--batch", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SENSEFLOW_CACHE", str(tmp_path_factory.getbasetemp() / "senseflow-cache"))
+        assert prepare([*flags, "--out", str(out)]) == 0
+    return flags, out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name != ".lock"
+    }
+
+
+def test_what_a_cache_holds(sdxl_cache):
+    """Each distinct caption once, at full length; mean and logvar of the VAE; the sample with two captions has both."""
+    _, out = sdxl_cache
+    record = json.loads((out / "index.json").read_text())
+    assert (record["samples"], record["prompts"], record["tensors"]) == (9, 6, ["logvar", "mean", "pixels"])
+    assert len(record["files"]) == 1 + 5 + 3
+    reader = CacheReader(out)
+    captions = [list(reader.prompts[reader.first[i] : reader.first[i + 1]]) for i in range(9)]
+    assert captions == [[0], [1], [2], [3], [3], [3], [3], [3], [4, 5]]
+    shapes = {k: tuple(v.shape) for k, v in reader.prompt(0).items()}
+    assert shapes == {"embeds": (77, 32), "pooled": (16,)}
+    found = read_row(str(out / "shards" / "images-00004.safetensors"), "mean.64x64", 0)
+    assert found.shape == (4, 8, 8) and found.dtype == torch.float32 and found.abs().sum() > 0
+    draws = {
+        reader.load(type("T", (), dict(item=8, caption=u))())["pooled"].sum().item() for u in (0.0, 0.49, 0.5, 0.99)
+    }
+    assert len(draws) == 2
+
+
+def test_two_kills_leave_the_same_bytes(sdxl_cache, tmp_path, monkeypatch):
+    """A kill before a shard's rename and one after: the run goes on, redoes no finished shard, ends with the same files."""
+    from senseflow.data import shards
+
+    flags, whole = sdxl_cache
+    out = tmp_path / "cache"
+
+    class Killed(BaseException):
+        pass
+
+    made = []
+    real = os.replace
+
+    def replace(source, target):
+        if str(target).endswith(".safetensors"):
+            made.append(Path(target).name)
+            if len(made) == 2:
+                raise Killed
+        real(source, target)
+        if len(made) == 4 and str(target).endswith(".safetensors"):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "replace", replace)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                prepare([*flags, "--out", str(out)])
+            assert not (out / "index.json").exists()
+            with pytest.raises(UserError, match="is not finished: run the same senseflow.prepare again"):
+                build(config("sdxl", flags[2], out), CPU)
+            (out / "shards" / ".images-00003.safetensors.partial-7").write_bytes(b"left by a kill")
+        assert prepare([*flags, "--out", str(out)]) == 0
+    images = [name for name in made if name.startswith("images")]
+    assert sorted(images) == [f"images-{i:05d}.safetensors" for i in (0, 1, 1, 2, 3, 4)]  # the unnamed one alone twice
+    assert contents(out) == contents(whole)
+    assert prepare([*flags, "--out", str(out)]) == 0 and contents(out) == contents(whole)
+
+
+def start(flags, out, *more):
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "senseflow.prepare", *flags, "--out", str(out), *more]
+    return subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_twenty_kills_leave_the_same_bytes(teachers, tmp_path, processes):
+    """SIGKILL at 20 random moments after the first write; 2 processes: their orphans end by themselves."""
+    folder = write_folder(tmp_path / "pictures", 240)
+    flags = ["sdxl", "--teacher", teachers("sdxl"), "--data", str(folder), *PREPARE, "--shard", "4", "--batch", "2"]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    process = start(flags, whole)
+    began = time.monotonic()
+    assert process.wait() == 0, process.stderr.read()
+    span = time.monotonic() - began
+    chance, kills, parts = random.Random(int(processes)), 0, set()
+    while kills < 20:
+        process = start(flags, out, "--processes", processes)
+        while process.poll() is None and not (out / "settings.json").exists():
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.5 * span))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            finished = contents(out)
+            assert finished == contents(whole)
+            for name in chance.sample(sorted(n for n in finished if n.startswith("shards/")), 40):
+                (out / name).unlink()  # begun anew in the middle: of a pair, either half may be the one that is gone
+            (out / "index.json").unlink()
+            continue
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        parts.add(len(list((out / "shards").glob("*.safetensors"))))
+    process = start(flags, out, "--processes", processes)
+    assert process.wait() == 0, process.stderr.read()
+    assert contents(out) == contents(whole)
+    assert len(parts) > 3  # the kills did come at different stages
+
+
+def test_processes_make_the_same_bytes_and_one_that_dies_is_heard(sdxl_cache, tmp_path, capsys):
+    flags, whole = sdxl_cache
+    out = tmp_path / "two"
+    assert prepare([*flags, "--out", str(out), "--processes", "2"]) == 0
+    assert contents(out) == contents(whole)
+
+
+def test_verify_names_what_is_not_as_it_was_written(sdxl_cache, tmp_path, capsys):
+    import shutil
+
+    flags, whole = sdxl_cache
+    out = tmp_path / "cache"
+    shutil.copytree(whole, out)
+    assert (
+        prepare(["--verify", "--out", str(out)]) == 0
+        and "9 files as they were written, 0 not" in capsys.readouterr().out
+    )
+    shard = out / "shards" / "images-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    (out / "shards" / "prompts-00002.safetensors").unlink()
+    assert prepare(["--verify", "--out", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert f"{shard}: its checksum differs" in printed and "prompts-00002.safetensors: No such file" in printed
+    with pytest.raises(UserError, match=r"lacks shards/prompts-00002.safetensors"):
+        build(config("sdxl", flags[2], out), CPU)
+    shard.unlink()
+    assert prepare([*flags, "--out", str(out)]) == 0  # makes the two again, and only them
+    assert contents(out) == contents(whole)
+
+
+def test_a_cut_shard_is_a_reason(sdxl_cache, tmp_path):
+    shard = tmp_path / "images-00000.safetensors"
+    data = (sdxl_cache[1] / "shards" / shard.name).read_bytes()
+    for size, why in ((4, "corrupt shard"), (100, "corrupt shard"), (len(data) - 30, "corrupt shard")):
+        path = tmp_path / f"{size}.safetensors"
+        path.write_bytes(data[:size])
+        with pytest.raises(BadSample, match=why):
+            read_row(str(path), "pixels.64x64", 1)
+    with pytest.raises(BadSample, match="missing file"):
+        read_row(str(tmp_path / "none"), "pixels.64x64", 1)
+
+
+REFUSED = [
+    (["--model.dtype", "bf16"], "model.dtype is 'fp32' in the cache and 'bf16' here"),
+    (["--model.side", "32"], "model.side is 64 in the cache and 32 here"),
+    (["--data.min_side", "32"], "data.min_side is 0 in the cache and 32 here"),
+    (["--data.captions", "text"], "data.captions is '' in the cache and 'text' here"),
+    (["--data.crop", "random"], "data.crop is 'center' in the cache and 'random' here"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED)
+def test_a_cache_of_other_settings_is_refused_by_name(sdxl_cache, flags, message, capsys):
+    made, out = sdxl_cache
+    with pytest.raises(UserError) as caught:
+        build(config("sdxl", made[2], out, *flags), CPU)
+    assert message in str(caught.value)
+    if "random" not in flags:
+        assert prepare([*made, *flags, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_cache_of_other_weights_or_another_family_is_refused(sdxl_cache, teachers, pictures, tmp_path, capsys):
+    made, out = sdxl_cache
+    with pytest.raises(UserError, match="model.family is 'sdxl' in the cache and 'flux' here"):
+        build(config("flux-dev", teachers("flux-dev"), out), CPU)
+    import shutil
+
+    other = tmp_path / "teacher"
+    shutil.copytree(teachers("sdxl"), other)
+    text = other / "text_encoder" / "config.json"
+    text.write_text(text.read_text() + " ")
+    with pytest.raises(UserError, match=r"weights.text is '[0-9a-f]{64}' in the cache"):
+        build(config("sdxl", str(other), out), CPU)
+    folder = write_folder(tmp_path / "pictures", 2)
+    assert prepare([*made[:3], "--data", str(folder), *made[5:], "--out", str(out)]) == 2
+    assert "source is" in capsys.readouterr().err
+    assert set(CHOICES) <= set(to_dict(config("sdxl", made[2], out))["data"])
+
+
+def test_options_of_what_is_kept(teachers, pictures, tmp_path, capsys):
+    """The mean alone in half precision, small pixels, and the backbone's features, whose size is said first."""
+    base = ["sdxl", "--teacher", teachers("sdxl"), "--data", str(pictures), *PREPARE]
+    small, no_pixels = tmp_path / "small", tmp_path / "none"
+    flags = ["--latents", "mean", "--latents-dtype", "fp16", "--pixels", "32", "--features", "--out", str(small)]
+    assert prepare([*base, *flags]) == 0
+    assert "features 0.00307 MB" in capsys.readouterr().out  # 2 taps x 384 x 2 x 2 patches x 2 bytes
+    cfg = config("sdxl", teachers("sdxl"), small)
+    parts, data = build(cfg, CPU)
+    batch = with_latents(parts, data.batch(0, 3), 0)
+    (image,) = batches(config("sdxl", teachers("sdxl"), pictures), 1)
+    assert batch.pixels.shape == (3, 3, 32, 32) and batch.logvar is None and batch.reference is not None
+    mean = parts.adapter.vae.encode(image.pixels).latent_dist.mean * 0.13025
+    torch.testing.assert_close(batch.latents, mean, rtol=2**-10, atol=2**-13)  # fp16 keeps 11 bits
+    vfm = parts.vfm.features(image.pixels, (-1, 2), 28)
+    for a, b in zip(batch.reference, vfm, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-8, atol=1e-6)  # bf16 keeps 8
+    assert "dmd" in iterate(cfg, parts, Updates(cfg, parts), batch, 0)
+    with pytest.raises(UserError, match=r"disc.taps is \[-1, 2\] in the cache and \[2\] here"):
+        build(config("sdxl", teachers("sdxl"), small, "--disc.taps", "2"), CPU)
+    assert prepare([*base, "--pixels", "0", "--out", str(no_pixels)]) == 0
+    with pytest.raises(UserError, match="disc.kind = 'vfm': this cache holds no pixels"):
+        build(config("sdxl", teachers("sdxl"), no_pixels), CPU)
+    assert (
+        batches(config("sdxl", teachers("sdxl"), no_pixels, "--disc.kind", "fake_features"), 1)[0].latents.shape[0] == 3
+    )
+
+
+def test_prompts_alone_and_the_teachers_own_samples(teachers, tmp_path, capsys):
+    """Without images: one line says what to add. With --teacher-samples the cache is as one of images."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\na penguin\na red apple\na star\n")
+    teacher, alone = teachers("flux-dev"), ["--rollout.backward_prob", "1", "--disc.kind", "none"]
+    with pytest.raises(UserError, match=r"has no images: add --rollout.backward_prob 1 --disc.kind none"):
+        build(config("flux-dev", teacher, prompts), CPU)
+    base = ["flux-dev", "--teacher", teacher, "--data", str(prompts), *PREPARE]
+    assert prepare([*base, "--out", str(tmp_path / "alone")]) == 0
+    with pytest.raises(UserError, match="has no images"):
+        build(config("flux-dev", teacher, tmp_path / "alone"), CPU)
+    rows = []
+    for source in (prompts, tmp_path / "alone"):
+        cfg = config("flux-dev", teacher, source, *alone)
+        parts, data = build(cfg, CPU)
+        batch = with_latents(parts, data.batch(0, 3), 0)
+        rows.append({k: float(v) for k, v in iterate(cfg, parts, Updates(cfg, parts), batch, 0).items()})
+        data.close()
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3) and "dmd" in rows[0] and "adv" not in rows[0]
+    assert prepare([*base, "--out", str(tmp_path / "own"), "--teacher-samples", "2"]) == 0
+    cfg = config("flux-dev", teacher, tmp_path / "own")
+    parts, data = build(cfg, CPU)
+    batch = with_latents(parts, data.batch(0, 3), 0)
+    shown = parts.adapter.decode(batch.latents).clamp(-1, 1)
+    assert (shown - batch.pixels).abs().max() <= 0.51 / 127.5 and batch.pixels.std() > 0.05
+    assert "adv" in iterate(cfg, parts, Updates(cfg, parts), batch, 0)
+    data.close()
+    folder = str(write_folder(tmp_path / "pictures", 1))
+    assert prepare([*base[:3], "--data", folder, "--teacher-samples", "2", "--out", str(tmp_path / "x"), *PREPARE]) == 2
+    assert "has images of its own" in capsys.readouterr().err
+
+
+def test_bad_samples_are_left_out_and_listed(tmp_path, capsys):
+    """The cache of a set with every bad case: exact counts by reason, the rest as if the bad were not there."""
+    expected = write_bad_folder(tmp_path / "set", 300)
+    out = tmp_path / "cache"
+    assert prepare(["--data", str(tmp_path / "set"), "--out", str(out), "--shard", "100"]) == 0
+    record = json.loads((out / "index.json").read_text())
+    assert record["skipped"] == expected and record["samples"] == 302
+    listed = [json.loads(line)["reason"] for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {why: listed.count(why) for why in set(listed)} == expected
+    write_bad_folder(tmp_path / "worse", 30)
+    assert prepare(["--data", str(tmp_path / "worse"), "--out", str(tmp_path / "c")]) == 2
+    assert "samples cannot be used" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_is_finished(sdxl_cache, tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+    from safetensors import torch as st
+
+    flags, whole = sdxl_cache
+    out, real = tmp_path / "cache", st.save_file
+
+    def full(tensors, path):
+        if "images-00002" in str(path):
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(st, "save_file", full)
+        assert prepare([*flags, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert (
+        "No space left on device" in error
+        and "run it again" in error
+        and "\n" not in error.split("senseflow.prepare")[1]
+    )
+    assert sorted(f.name for f in (out / "shards").glob("*.safetensors")) == [
+        f"images-{i:05d}.safetensors" for i in (0, 1)
+    ]
+    assert not list((out / "shards").glob(".*"))
+    assert prepare([*flags, "--out", str(out)]) == 0 and contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "x"], "--out is missing"),
+        (["--out", "x"], "--data is missing"),
+        (["--out", "x", "--data", "y", "--latents", "median"], "--latents 'median': allowed is posterior | mean"),
+        (["--out", "x", "--data", "y", "--shard", "0"], "--shard 0: allowed is 1 or more"),
+        (["--out", "x", "--data", "y", "--shard", "many"], "--shard 'many': allowed is a whole number"),
+        (["--out", "x", "--data", "/nowhere"], "does not exist"),
+        (["--out", "x", "--data", "y", "--data.crop", "random"], "a cache holds one crop"),
+        (["--out", "x", "--verify"], "is not finished"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare(flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
