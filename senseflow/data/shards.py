@@ -77,7 +77,8 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         recorded = json.loads(file.read_text())
     except ValueError:
         raise UserError(f"{file} does not parse: give another --out") from None
-    differing(recorded, json.loads(to_json(settings)))
+    now = json.loads(to_json(settings))
+    differing(recorded, {field: now[field] for field in settings})  # in this order: a cause before what follows from it
 
 
 def write_shard(folder: Path, kind: str, number: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
