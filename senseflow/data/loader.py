@@ -85,6 +85,7 @@ class Loader:
         self.pool = ThreadPoolExecutor(workers, "senseflow-data") if workers else None
         self.makers = ThreadPoolExecutor(prefetch, "senseflow-batch") if workers else None
         self.prefetch = prefetch
+        self.last: int | None = None  # no batch from this number on is made ahead
         self.ahead: dict[tuple[int, int], Future[Share]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -98,7 +99,8 @@ class Loader:
         for key in [k for k in self.ahead if not (k[1] == size and iteration <= k[0] <= iteration + self.prefetch)]:
             self.ahead.pop(key).cancel()
         for number in range(iteration, iteration + self.prefetch + 1):
-            if (number, size) not in self.ahead:
+            wanted = number == iteration or self.last is None or number < self.last
+            if wanted and (number, size) not in self.ahead:
                 self.ahead[number, size] = self.makers.submit(self.made, number, size)
         try:
             out = self.ahead.pop((iteration, size)).result(self.timeout)
