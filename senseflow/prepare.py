@@ -253,7 +253,8 @@ def prepare(options: Options, cfg: Config) -> None:
         assert first is not None
         extra = dict(
             prompts_per_shard=options.shard, text_dtype=first["text_dtype"],
-            fingerprint=items.fingerprint, made_with={"torch": torch.__version__, "senseflow": __version__},
+            fingerprint=items.fingerprint, selected=len(items.selection.keep),
+            made_with={"torch": torch.__version__, "senseflow": __version__},
         )  # fmt: skip
         dropped = items.source.dropped
         with shards.writing(folder):

@@ -56,7 +56,7 @@ def stream(path, **fields):
 
 
 def test_a_set_with_every_bad_case_trains_to_the_end(teacher, tmp_path):
-    """302 usable pictures and one of each bad kind, one epoch: the exact counts by reason in the run's skipped.jsonl."""
+    """302 usable pictures and one of each bad kind, one epoch: exact counts by reason in the run's skipped.jsonl."""
     expected = write_bad_folder(tmp_path / "set", 300)
     items = 302 + sum(expected.values()) - 4  # the listing itself drops a picture without caption and three rows
     out = tmp_path / "run"

@@ -119,7 +119,10 @@ class CacheData(StreamData):
     encodes_text = False
 
     def __init__(self, reader: CacheReader, loader: Loader, adapter: Any, skipped: Skipped, dtype: torch.dtype):
-        super().__init__(loader, adapter, skipped, reader.record["fingerprint"], bool(reader.names))
+        record = reader.record  # with nothing skipped the order is that of the source itself, else another
+        left_out = record["selected"] - record["samples"]
+        fingerprint = record["fingerprint"] + (f"-{left_out}" if left_out else "")
+        super().__init__(loader, adapter, skipped, fingerprint, bool(reader.names))
         self.reader, self.dtype, self.device = reader, dtype, loader.device
 
     def batch(self, iteration: int, size: int) -> Batch:
