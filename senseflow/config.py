@@ -93,11 +93,24 @@ class Model(Section):
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
     anchors: Literal["exact", "released"] = doc("FLUX only: exact shift or released integers", "exact")
+    variant: Literal["full", "lora"] = doc(
+        "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
             raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
+
+
+@dataclass(frozen=True)
+class Lora(Section):
+    NAME = "lora"
+    RANGES = {"rank": (1, 4096), "alpha": (0, 1e6), "guidance": (0, 100)}
+    rank: int = doc("rank r of the LoRA of student and fake, with model.variant lora", 64)
+    alpha: float = doc("its weight is alpha / rank", 64.0)
+    targets: str = doc("its Linear layers, of the blocks: all, attention, or ends of names with commas between", "all")
+    guidance: float = doc("FLUX only: guidance at which student and fake start, and at which the LoRA is called", 3.5)
 
 
 @dataclass(frozen=True)
@@ -278,6 +291,7 @@ class Config(Section):
     seed: int = doc("seed of every random number", 0)
     out: str = doc("run folder", "runs/tiny")
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     dmd: Dmd = field(default_factory=Dmd)

@@ -5,7 +5,6 @@ The run is one function, `train`, that reads from top to bottom; the algorithm's
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import sys
@@ -21,7 +20,7 @@ from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
-from senseflow.config import Config, UserError, to_dict
+from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
@@ -30,6 +29,7 @@ from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.lora import is_lora, lora_pair, merged, save_lora, shared_copy, trainable
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -77,7 +77,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
-    student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+    if cfg.model.variant == "lora":
+        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
+    else:
+        student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
@@ -122,19 +125,21 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
 
 
 def drift(parts: Parts) -> Tensor:
-    """IDA drift: || phi - theta || / || theta ||, a device scalar."""
-    theta, phi = list(parts.student.parameters()), list(parts.fake.parameters())
+    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of the
+    effective weights over what the student has learned, as A's rows are orthonormal; 0 before the first update."""
+    theta, phi = trainable(parts.student), trainable(parts.fake)
     gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
     size = torch._foreach_norm([t.data for t in theta])
-    return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
+    whole = torch.linalg.vector_norm(torch.stack(size))
+    return torch.linalg.vector_norm(torch.stack(gap)) / whole.clamp_min(1e-12)
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     """The network to look at and to ship: the EMA where there is one, else the student itself."""
     if updates.ema is None:
         return parts.student
-    net = copy.deepcopy(parts.student)
-    updates.ema.copy_to(list(net.parameters()))
+    net = shared_copy(parts.student)
+    updates.ema.copy_to(trainable(net))
     return net
 
 
@@ -174,13 +179,16 @@ class Stop:
 
 def plan(cfg: Config, parts: Parts) -> None:
     """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
-    rows, total = [], 0.0
-    for name, copies in (("student", 4), ("fake", 4), ("teacher", 1), ("disc", 4), ("vfm", 1)):
+    rows, total, seen = [], 0.0, set()
+    for name in ("teacher", "student", "fake", "disc", "vfm"):
         net = getattr(parts, name)
         if net is None:
             continue
-        count = sum(p.numel() for p in net.parameters())
-        gigabytes = count * 4 * copies / 1e9
+        own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
+        seen |= {id(p) for p in own}
+        count = sum(p.numel() for p in own)
+        # what trains has a gradient and two moments of its own dtype
+        gigabytes = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in own) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
@@ -201,8 +209,8 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
     if not found:
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
-    saved, now = state["config"], to_dict(cfg)
-    for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
+    saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
+    for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
     updates.load(state["updates"])
@@ -240,7 +248,11 @@ def train(args: Arguments) -> int:
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
-        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
+        net = student_for_use(parts, updates)
+        if is_lora(net):
+            save_lora(net, out / "lora" / "pytorch_lora_weights.safetensors")
+            net = merged(net)
+        save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
 
     def look(iteration: int) -> None:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.config import Config
+from senseflow.models.lora import load_trained_state, trainable, trained_state
 from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, scheduled_lr
 from senseflow.steps import Parts
 
@@ -20,8 +21,8 @@ class Updates:
         t = cfg.train
         self.cfg, self.parts = cfg, parts
         self.params = {
-            "student": list(parts.student.parameters()),
-            "fake": list(parts.fake.parameters()),
+            "student": trainable(parts.student),
+            "fake": trainable(parts.fake),
         }
         if parts.disc is not None:
             self.params["disc"] = list(parts.disc.parameters())
@@ -69,8 +70,8 @@ class Updates:
                 self.ema.update(theta)
 
     def state(self) -> dict[str, Any]:
-        named: dict[str, Any] = {"student": self.parts.student.state_dict()}
-        named["fake"] = self.parts.fake.state_dict()
+        named: dict[str, Any] = {"student": trained_state(self.parts.student)}
+        named["fake"] = trained_state(self.parts.fake)
         if self.parts.disc is not None:
             named["disc"] = self.parts.disc.state_dict()
         named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
@@ -81,8 +82,8 @@ class Updates:
         return named
 
     def load(self, state: dict[str, Any]) -> None:
-        self.parts.student.load_state_dict(state["student"])
-        self.parts.fake.load_state_dict(state["fake"])
+        load_trained_state(self.parts.student, state["student"])
+        load_trained_state(self.parts.fake, state["fake"])
         if self.parts.disc is not None:
             self.parts.disc.load_state_dict(state["disc"])
         for name, optimizer in self.optimizers.items():
