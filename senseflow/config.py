@@ -106,7 +106,7 @@ class Model(Section):
 @dataclass(frozen=True)
 class Lora(Section):
     NAME = "lora"
-    RANGES = {"rank": (1, 4096), "alpha": (0, 1e6), "guidance": (0, 100)}
+    RANGES = {"rank": (1, 4096), "alpha": (1e-3, 1e6), "guidance": (0, 100)}
     rank: int = doc("rank r of the LoRA of student and fake, with model.variant lora", 64)
     alpha: float = doc("its weight is alpha / rank", 64.0)
     targets: str = doc("its Linear layers, of the blocks: all, attention, or ends of names with commas between", "all")

@@ -125,8 +125,8 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
 
 
 def drift(parts: Parts) -> Tensor:
-    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of the
-    effective weights over what the student has learned, as A's rows are orthonormal; 0 before the first update."""
+    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of
+    the effective weights over what the student has learned, as A's rows are orthonormal; 0 before any update."""
     theta, phi = trainable(parts.student), trainable(parts.fake)
     gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
     size = torch._foreach_norm([t.data for t in theta])

@@ -210,8 +210,8 @@ def test_gradients_with_activation_checkpointing(folders):
 
 @pytest.mark.parametrize("preset", WRITE)
 def test_diffusers_loads_the_lora(preset, folders):
-    """pipe.load_lora_weights of `lora_state_dict` in the teacher's own pipeline: our student's prediction, and that of the
-    merged network. FLUX.1-dev at the guidance the student stands on."""
+    """pipe.load_lora_weights of `lora_state_dict` in the teacher's own pipeline: our student's prediction, and that of
+    the merged network. FLUX.1-dev at the guidance the student stands on."""
     adapter = adapter_of(preset, folders)
     student, _ = lora_pair(adapter, adapter.load_network(torch.float32), LORA, 0)
     shake(student)
@@ -260,7 +260,7 @@ def test_resume_is_bit_for_bit(preset, folders, tmp_path):
     assert run("parts") == 0 and run("parts", "--train.iterations", "3", "--resume") == 0
     files = [tmp_path / out / "lora" / "pytorch_lora_weights.safetensors" for out in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    adapter, net, record = load_student(tmp_path / "whole")
+    _, net, record = load_student(tmp_path / "whole")
     other = load_student(tmp_path / "parts")[1]
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert record["model"]["variant"] == "lora" and not any("lora" in name for name in net.state_dict())
@@ -293,11 +293,9 @@ def test_targets(folders):
     assert not any("ff" in n or "norm" in n or "proj_mlp" in n for n in names)
     some = target_names(net, adapter.blocks(net), "proj_mlp, to_out.0")
     assert len(some) == 4 and set(names) < set(target_names(net, adapter.blocks(net), "all"))
-    with pytest.raises(
-        UserError, match=r"no Linear of the blocks ends in 'to_x'; allowed are all, attention, or .*proj_mlp"
-    ):
+    with pytest.raises(UserError, match=r"blocks ends in to_x; allowed are all, attention, or .*proj_mlp"):
         target_names(net, adapter.blocks(net), "to_q,to_x")
-    with pytest.raises(UserError, match="lora.targets = ','"):
+    with pytest.raises(UserError, match=r"lora\.targets = ','"):
         target_names(net, adapter.blocks(net), ",")
     with pytest.raises(UserError, match=r"lora\.rank = 33: layer .* has 32 inputs, allowed is up to that"):
         lora_pair(adapter, net, Lora(rank=33), 0)
@@ -311,7 +309,7 @@ def test_what_is_refused(folders, monkeypatch):
             refuse(full)
     assert trained_state(full).keys() == full.state_dict().keys()
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(UserError, match="model.variant = 'lora' needs the package peft"):
+    with pytest.raises(UserError, match=r"model\.variant = 'lora' needs the package peft"):
         lora_pair(adapter, adapter.load_network(torch.float32), LORA, 0)
 
 

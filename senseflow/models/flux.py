@@ -89,11 +89,8 @@ class FluxAdapter:
         old, width = net.time_text_embed, net.inner_dim
         with torch.device("meta"):
             new: Any = CombinedTimestepTextProjEmbeddings(width, teacher.config.pooled_projection_dim)
-        new.time_proj, new.timestep_embedder, new.text_embedder = (
-            old.time_proj,
-            old.timestep_embedder,
-            old.text_embedder,
-        )
+        for part in ("time_proj", "timestep_embedder", "text_embedder"):
+            setattr(new, part, getattr(old, part))
         last = new.timestep_embedder.linear_2
         # in the network's dtype and times 1000 after the rounding to it, as diffusers does: bf16 makes 3500 to 3504
         w = torch.tensor([guidance], dtype=last.bias.dtype, device=last.bias.device) * 1000

@@ -1,7 +1,7 @@
 """LoRA trio on one shared base: student and fake are module trees of their own on the teacher's very tensors.
 
-Effective weights of a target: teacher W; student W + s B_theta A; fake W + s B_phi A, with s = alpha / rank. A [rank, in]
-has orthonormal rows, is frozen and shared by both; B [out, rank] alone trains, from zero. So
+Effective weights of a target: teacher W; student W + s B_theta A; fake W + s B_phi A, with s = alpha / rank.
+A [rank, in] has orthonormal rows, is frozen and shared by both; B [out, rank] alone trains, from zero. So
 
     lam (W + s B_phi A) + (1 - lam) (W + s B_theta A) = W + s (lam B_phi + (1 - lam) B_theta) A:
 
@@ -54,8 +54,8 @@ def is_lora(net: nn.Module) -> bool:
 
 
 def lora_pair(adapter: Any, teacher: nn.Module, lora: Lora, seed: int) -> tuple[nn.Module, nn.Module]:
-    """(student, fake) on the frozen teacher's tensors, equal to it at first: B = 0. Both in the teacher's dtype, A and B
-    in fp32. An adapter with a `lora_base(teacher, guidance)` says what they stand on (FLUX).
+    """(student, fake) on the frozen teacher's tensors, equal to it at first: B = 0. In the teacher's dtype, A and B in
+    fp32. An adapter with a `lora_base(teacher, guidance)` says what they stand on (FLUX).
 
     Raises UserError when peft is missing, lora.targets fits no layer, or lora.rank is above a layer's inputs.
     """
@@ -82,8 +82,8 @@ def lora_pair(adapter: Any, teacher: nn.Module, lora: Lora, seed: int) -> tuple[
 
 
 def target_names(net: nn.Module, blocks: list[nn.Module], targets: str) -> list[str]:
-    """Names of the Linear layers of `blocks` that lora.targets means: `all` of them, those of `attention`, or those whose
-    name ends in one of its words. Raises UserError for a word that fits none."""
+    """Names of the Linear layers of `blocks` that lora.targets means: `all` of them, those of `attention`, or those
+    whose name ends in one of its words. Raises UserError for a word that fits none."""
     names = {id(m): name for name, m in net.named_modules()}
     linears = [names[id(m)] for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
     if targets == "all":
@@ -94,7 +94,7 @@ def target_names(net: nn.Module, blocks: list[nn.Module], targets: str) -> list[
     if not any(found.values()) or (missing and targets != "attention"):
         ends = sorted({n.rpartition(".")[2] if not n[-1].isdigit() else ".".join(n.split(".")[-2:]) for n in linears})
         raise UserError(
-            f"lora.targets = {targets!r}: no Linear of the blocks ends in {', '.join(map(repr, missing)) or repr(targets)}; "
+            f"lora.targets = {targets!r}: no Linear of the blocks ends in {', '.join(missing) or 'nothing'}; "
             f"allowed are all, attention, or names with commas between of {', '.join(ends)}"
         )
     wanted = {n for names in found.values() for n in names}
@@ -150,8 +150,8 @@ def lora_state_dict(student: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(student: nn.Module) -> Any:
-    """A plain diffusers network with W + s B A for weights, fp32 on the CPU, a full copy: bf16 would round most of a small
-    B A away. Raises UserError for a network without LoRA."""
+    """A plain diffusers network with W + s B A for weights, fp32 on the CPU, a full copy: bf16 would round most of a
+    small B A away. Raises UserError for a network without LoRA."""
     if not is_lora(student):
         raise UserError("this student has no LoRA: it was trained with model.variant = 'full'")
     memo: dict[int, Any] = {}
