@@ -84,7 +84,7 @@ INF = math.inf
 class Model(Section):
     NAME = "model"
     RANGES = {"shift": (0, 100), "side": (16, 8192), "text_length": (0, 4096)}
-    family: Literal["embedded", "sd35", "flux", "sdxl"] = doc("teacher family", "embedded")
+    family: Literal["embedded", "sd35", "flux", "sdxl", "flux2"] = doc("teacher family", "embedded")
     teacher: str = doc("diffusers folder or hub id of the teacher; empty: the embedded one", "")
     side: int = doc("side of the images, pixels", 32)
     text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)

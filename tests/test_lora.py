@@ -2,17 +2,17 @@
 
 import copy
 import json
-from functools import cache
 
 import pytest
 import torch
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow import train
 from senseflow.algo.ida import ida_update
 from senseflow.cli import parse
 from senseflow.config import Lora, UserError
 from senseflow.models.flux import FluxAdapter, pack, unpack
+from senseflow.models.flux2 import Flux2Adapter
 from senseflow.models.lora import (
     NAME,
     layers,
@@ -35,8 +35,10 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 SIDE, PROMPTS = 64, ["a red apple", "penguin"]
 LORA = Lora(rank=4, alpha=6.0)
-WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "flux-dev": write_flux, "sdxl": write_sdxl}
-ADAPTER = {"sd35-medium": SD3Adapter, "flux-dev": FluxAdapter, "sdxl": SDXLAdapter}
+WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "flux-dev": write_flux, "sdxl": write_sdxl,
+         "flux2-klein": write_klein}  # fmt: skip
+ADAPTER = {"sd35-medium": SD3Adapter, "flux-dev": FluxAdapter, "sdxl": SDXLAdapter,
+           "flux2-klein": Flux2Adapter}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.gen_every=1", "log.every=1",
     "log.tensorboard=false", "log.progress=false", "eval.grid=2", "eval.teacher_steps=1", "eval.every=100",
@@ -44,12 +46,11 @@ SMALL = [f"--{setting}" for setting in (
     "model.variant=lora", "lora.rank=4", "lora.alpha=6", "train.keep_last=9",
 )]  # fmt: skip
 DEAD = "attn.add_q_proj", "norm1_context"  # of SD 3's last block, which drops its text
-cached_variants = cache(train.load_variants)
 
 
 @pytest.fixture(autouse=True)
 def _pictures(monkeypatch):
-    monkeypatch.setattr(train, "load_variants", cached_variants)
+    monkeypatch.setattr(train, "load_variants", few_pictures, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ QWEN3_4B = ("Qwen3ForCausalLM", dict(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pipeline by its parts, each (class, config). network: of diffusers, what is distilled; texts: of transformers."""
+    """A pipeline by its parts, each (class, config). network: what is distilled; texts: of transformers."""
 
     hub: str
     network: tuple[str, dict[str, Any]]
