@@ -212,7 +212,10 @@ class Disc(Section):
         "d_weight": (0, INF), "taps": (-1, 39),
     }  # fmt: skip
     kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
-    backbone: str = doc("DINOv2 folder, file or hub id; empty: the embedded ViT-S", "")
+    backbone: str = doc("DINOv2 folder, file, hub id or timm name; empty: the embedded ViT-S", "")
+    text: Literal["pooled", "clip-l"] = doc(
+        "text vector D sees: the family's whole pooled one, or CLIP ViT-L/14's alone (SD 3.5, FLUX.1)", "pooled"
+    )
     weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
     omega: Literal["paper", "released-sd35", "released-sdxl", "one"] = doc("weight over t", "paper")
     omega_on_d: bool = doc("weigh D's own loss too (released), or not (paper's text)", True)

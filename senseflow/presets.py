@@ -9,7 +9,9 @@ from typing import Any
 from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
 REAL: Any = dict(side=1024, dtype="bf16")  # 1024 px and bf16 arithmetic everywhere (paper.md 4)
-VIT_L = "facebook/dinov2-large"  # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5)
+# the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5); the paper's ablation prefers ViT-B for FID:
+# --disc.backbone facebook/dinov2-base --disc.taps=-1,2,5,8,10,11
+VIT_L = "facebook/dinov2-large"
 SD35_T: Any = dict(t_min=0.021, t_max=0.981)  # entries 20 to 980 of a table that starts at .001 (paper.md 1.1)
 RELEASED_TAPS = (-1, 2, 5, 8, 10, 14, 19, 23)  # DINOv2 ViT-L blocks; -1 is the patch embedding
 
@@ -42,10 +44,11 @@ def _released(name: str, **parts) -> Config:
     )  # fmt: skip
 
 
-def _vit_large(weight: float, omega: Any) -> Disc:
-    """The released discriminator (paper.md 1.5): DINOv2 ViT-L on whole images, its heads at full width."""
+def _vit_large(weight: float, omega: Any, text: Any = "clip-l") -> Disc:
+    """The released discriminator (paper.md 1.5): DINOv2 ViT-L on whole images, its heads at full width, CLIP ViT-L/14's
+    text vector. weight: lambda_G (paper.md 1.7); omega as its trainer has it (paper.md 1.6)."""
     return Disc(
-        weight=weight, omega=omega, backbone=VIT_L, taps=RELEASED_TAPS, size=1022, width=0, downsample=3,
+        weight=weight, omega=omega, text=text, backbone=VIT_L, taps=RELEASED_TAPS, size=1022, width=0, downsample=3,
     )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def sdxl() -> Config:
         fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),
-        disc=_vit_large(0.5, "released-sdxl"),
+        disc=_vit_large(0.5, "released-sdxl", text="pooled"),  # CLIP-G's: SDXL pools no other
         eval=_eval(40, 5.0, 1.0),
     )  # fmt: skip
 
@@ -139,7 +142,7 @@ def flux2_klein() -> Config:
         fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=1.0, margin=50, guidance_min=4.0, guidance_max=4.0),  # the pipeline's
         ida=Ida(lam=0.97),
-        disc=_vit_large(0.1, "paper"),
+        disc=_vit_large(0.1, "paper", text="pooled"),  # no CLIP here: Qwen3's
         eval=_eval(50, 4.0, 2.02335),  # the pipeline's 50 steps, guidance, and mu of 50 steps
     )  # fmt: skip
 

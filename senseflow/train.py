@@ -42,6 +42,7 @@ from senseflow.steps import (
     reference_features,
     saturation,
     student_forward,
+    text_vector,
 )
 from senseflow.updates import Updates
 
@@ -63,7 +64,7 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
         raise UserError(
             f"disc.taps = {cfg.disc.taps!r}: this backbone has {depth} blocks, allowed is -1 to {depth - 1}"
         )
-    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), cond.pooled.shape[1]
+    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), text_vector(adapter, cfg.disc.text, cond).shape[1]
     heads = VFMDiscriminator(dims, text_dim, cmap=cfg.disc.cmap, width=cfg.disc.width, downsample=cfg.disc.downsample)
     return heads.to(device), vfm
 

@@ -16,6 +16,7 @@ from senseflow.models.flux2 import Flux2Adapter, patchify, unpatchify
 from senseflow.models.sd3 import SD3Adapter
 from senseflow.models.sdxl import SDXLAdapter
 from senseflow.presets import PRESETS
+from senseflow.steps import text_vector
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS = ["a red apple", "penguin"]
@@ -194,6 +195,24 @@ def test_flux_student_has_no_guidance_embedding(folders):
         last.weight.zero_()
         last.bias.zero_()
         close(adapter.predict(student, x, sigma, cond), adapter.predict(teacher, x, sigma, cond, sigma), "velocity")
+
+
+def test_disc_text_is_clip_l_alone(folders):
+    """disc.text clip-l: the first encoder's own vector, by transformers. The other families have none, and say so."""
+    for family, encode in (
+        ("sd3", lambda pipe, ids: pipe.text_encoder(ids).text_embeds),
+        ("flux", lambda pipe, ids: pipe.text_encoder(ids).pooler_output),
+    ):
+        adapter, pipe = adapter_of(family, folders), pipeline_of(family, folders)
+        cond = adapter.encode_prompts(PROMPTS)
+        ids = pipe.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            close(text_vector(adapter, "clip-l", cond), encode(pipe, ids), family)
+        assert text_vector(adapter, "pooled", cond) is cond.pooled
+    assert cond.pooled.shape[1] == 16 and adapter_of("sd3", folders).encode_prompts(PROMPTS).pooled.shape[1] == 32
+    assert adapter_of("sd3", folders).clip_width == 768  # before any prompt: the published width
+    with pytest.raises(UserError, match=r"disc\.text = 'clip-l': this family's conditioning has no CLIP"):
+        text_vector(adapter_of("sdxl", folders), "clip-l", cond)
 
 
 def test_klein_preset_has_the_pipelines_own_shifts():

@@ -46,7 +46,8 @@ def test_training_setup(preset, lr, iterations, omega, dmd_law, fake_law, shift)
     assert (c.disc.omega, c.dmd.t_law, c.fake.t_law, c.model.shift) == (omega, dmd_law, fake_law, shift)
     assert (c.dmd.t_min, c.dmd.t_max) == ((0.021, 0.981) if preset == "sd35-large" else (0.02, 0.98))
     assert (c.dmd.eps, c.isg.loss, c.disc.omega_on_d) == (0, "charbonnier", True)
-    assert c.disc.taps == (-1, 2, 5, 8, 10, 14, 19, 23)
+    assert c.disc.taps == (-1, 2, 5, 8, 10, 14, 19, 23) and c.disc.backbone == "facebook/dinov2-large"
+    assert c.disc.text == ("pooled" if preset == "sdxl" else "clip-l")
     assert (c.data.batch, c.rollout.backward_prob, c.ema.decay) == (8, 0.5, 0)
 
 

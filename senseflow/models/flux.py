@@ -163,6 +163,10 @@ class FluxAdapter:
         )
         return Condition(embeds, pooled)
 
+    def clip_l(self, cond: Condition) -> Tensor:
+        """CLIP ViT-L/14's text vector [B, 768], before its projection: all of cond.pooled."""
+        return cond.pooled
+
     def uncond(self, batch: int) -> None:
         """None: guidance is an input of the teacher, not a second forward."""
         return
