@@ -105,6 +105,10 @@ class Data(Section):
     NAME = "data"
     RANGES = {"batch": (1, 65536)}
     path: str = doc("image-text source; empty: the embedded emoji", "")
+    images: Literal["pictures", "teacher"] = doc(
+        "what the embedded set shows: its pictures, or the teacher's own many-step samples of their captions",
+        "pictures",
+    )
     batch: int = doc("images an iteration, over all ranks", 32)
 
 

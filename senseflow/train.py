@@ -25,10 +25,11 @@ from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import make_evaluator
+from senseflow.evaluate import make_evaluator, teacher_pictures
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
+from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
@@ -72,6 +73,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed here is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
@@ -79,7 +82,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    images = load_variants(canvas=cfg.model.side)
+    if cfg.data.images == "teacher":
+        images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
+    else:
+        images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)

@@ -85,6 +85,28 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
+def test_the_teachers_own_samples_as_images(teacher, tmp_path, capsys, monkeypatch):
+    """Pixels of a batch are 8-bit samples of the teacher at a seed of their own; made once, in the cache."""
+    from senseflow.cli import parse
+    from senseflow.data.emoji import to_float, to_uint8
+    from senseflow.evaluate import DATA_SEED, REFERENCE_SEED, STUDENT_SEED, TEACHER_SEED
+    from senseflow.sample import teacher_samples
+    from senseflow.train import build
+
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(tmp_path))
+    flags = ["--teacher", str(teacher), *SMALL, "--disc.kind", "none", "--data.images", "teacher"]
+    build(parse(flags, "").config, torch.device("cpu"))
+    assert "making 311 once" in capsys.readouterr().out
+    parts, data = build(parse(flags, "").config, torch.device("cpu"))
+    assert "making" not in capsys.readouterr().out
+    batch = data.batch(0, 8)
+    truth = to_uint8(teacher_samples(parts.adapter, parts.teacher, 1, 1.5, 1.0, data.cond, DATA_SEED))
+    own = [int((truth == to_uint8(p)).flatten(1).all(1).nonzero()[0]) for p in batch.pixels]
+    assert torch.equal(batch.cond.pooled, data.cond.pooled[own])
+    assert torch.equal(to_float(truth[own]), batch.pixels)
+    assert len({DATA_SEED, REFERENCE_SEED, STUDENT_SEED, TEACHER_SEED}) == 4
+
+
 def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, tmp_path, teacher, monkeypatch):
     a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     assert run(a) == 0
@@ -199,6 +221,7 @@ def test_bad_flags_are_one_line(capsys):
     assert "vfm" in error(capsys, ["--disc.kind", "foo"])
     assert "tiny" in error(capsys, ["tinny"])
     assert "sd35" in error(capsys, ["sd35-large"])
+    assert "'pictures'" in error(capsys, ["sdxl", "--teacher", "none", "--data.images", "teacher"])
 
 
 def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache):
