@@ -25,7 +25,7 @@ from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import make_evaluator, teacher_pictures
+from senseflow.evaluate import Look, make_evaluator, teacher_pictures
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
@@ -248,10 +248,11 @@ def train(args: Arguments) -> int:
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
         save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
 
-    def look(iteration: int) -> None:
+    def look(iteration: int) -> Look:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
         picture = out / "grids" / f"{iteration:06d}.png"
         log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
+        return result
 
     def drain() -> None:
         rows = ring.drain()
@@ -289,14 +290,14 @@ def train(args: Arguments) -> int:
         if args.profile:
             profiler.report()
             return 0
-        look(done)
-    final_table(log, evaluator, parts, updates, out)
+        last = look(done)
+    final_table(log, evaluator, parts, updates, out, last)
     return 0
 
 
-def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path):
+def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
+    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
     print_table("lower KID and FD are better", columns, rows)
     results = [dict(zip(columns, row, strict=True)) for row in rows]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
