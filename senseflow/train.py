@@ -119,9 +119,12 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     else:
         step.metrics |= updates.step(loss, iteration, "fake")
     if cfg.disc.kind == "vfm":
-        loss = discriminator_loss(parts, cfg, step, reference)
-        step.metrics["disc"] = loss.detach()
-        step.metrics |= updates.step(loss, iteration, "disc")
+        if step.silent and cfg.disc.omega_on_d:
+            step.metrics |= updates.coast(iteration, "disc")
+        else:
+            loss = discriminator_loss(parts, cfg, step, reference)
+            step.metrics["disc"] = loss.detach()
+            step.metrics |= updates.step(loss, iteration, "disc")
         parts.disc.update_spectral_norm()  # type: ignore[operator]
     step.metrics["saturation"] = saturation(step.x0)
     return step.metrics
