@@ -24,10 +24,11 @@ from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import make_evaluator
+from senseflow.evaluate import Look, make_evaluator, teacher_pictures
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
+from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
 from senseflow.models.lora import is_lora, lora_pair, merged, save_lora, shared_copy, trainable
 from senseflow.models.vfm import find_dinov2
@@ -73,6 +74,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed here is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
@@ -83,7 +86,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     else:
         student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    images = load_variants(canvas=cfg.model.side)
+    if cfg.data.images == "teacher":
+        images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
+    else:
+        images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)
@@ -117,9 +123,12 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     else:
         step.metrics |= updates.step(loss, iteration, "fake")
     if cfg.disc.kind == "vfm":
-        loss = discriminator_loss(parts, cfg, step, reference)
-        step.metrics["disc"] = loss.detach()
-        step.metrics |= updates.step(loss, iteration, "disc")
+        if step.silent and cfg.disc.omega_on_d:
+            step.metrics |= updates.coast(iteration, "disc")
+        else:
+            loss = discriminator_loss(parts, cfg, step, reference)
+            step.metrics["disc"] = loss.detach()
+            step.metrics |= updates.step(loss, iteration, "disc")
         parts.disc.update_spectral_norm()  # type: ignore[operator]
     step.metrics["saturation"] = saturation(step.x0)
     return step.metrics
@@ -255,10 +264,11 @@ def train(args: Arguments) -> int:
             net = merged(net)
         save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
 
-    def look(iteration: int) -> None:
+    def look(iteration: int) -> Look:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
         picture = out / "grids" / f"{iteration:06d}.png"
         log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
+        return result
 
     def drain() -> None:
         rows = ring.drain()
@@ -296,14 +306,14 @@ def train(args: Arguments) -> int:
         if args.profile:
             profiler.report()
             return 0
-        look(done)
-    final_table(log, evaluator, parts, updates, out)
+        last = look(done)
+    final_table(log, evaluator, parts, updates, out, last)
     return 0
 
 
-def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path):
+def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
+    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
     print_table("lower KID and FD are better", columns, rows)
     results = [dict(zip(columns, row, strict=True)) for row in rows]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
