@@ -10,7 +10,7 @@ from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, wri
 from senseflow import train
 from senseflow.algo.ida import ida_update
 from senseflow.cli import parse
-from senseflow.config import Lora, UserError
+from senseflow.config import Lora, UserError, from_dict
 from senseflow.models.flux import FluxAdapter, pack, unpack
 from senseflow.models.flux2 import Flux2Adapter
 from senseflow.models.lora import (
@@ -20,6 +20,7 @@ from senseflow.models.lora import (
     lora_state_dict,
     merged,
     shared_copy,
+    student_from,
     target_names,
     trainable,
     trained_state,
@@ -261,13 +262,20 @@ def test_resume_is_bit_for_bit(preset, folders, tmp_path):
     assert run("parts") == 0 and run("parts", "--train.iterations", "3", "--resume") == 0
     files = [tmp_path / out / "lora" / "pytorch_lora_weights.safetensors" for out in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    _, net, record = load_student(tmp_path / "whole")
+    adapter, net, record = load_student(tmp_path / "whole")
     other = load_student(tmp_path / "parts")[1]
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert record["model"]["variant"] == "lora" and not any("lora" in name for name in net.state_dict())
     state = torch.load(tmp_path / "whole" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
     names = state["updates"]["student"]
     assert names and all(".lora_" in name for name in names)
+    cfg = from_dict(state["config"])
+    again = student_from(adapter, adapter.load_network(torch.float32), cfg.lora, names)
+    for p, ema in zip(trainable(again), state["updates"]["ema"]["shadow"], strict=True):
+        p.data.copy_(ema)
+    assert all(torch.equal(a, b) for a, b in zip(merged(again).parameters(), net.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        student_from(adapter, adapter.load_network(torch.float32), Lora(rank=2), names)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     drifts = [row["ida_drift"] for row in rows if "ida_drift" in row]
     assert len(drifts) == 3 and all(0 < d < 1.5 for d in drifts)

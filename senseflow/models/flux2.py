@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,6 +43,42 @@ def unpatchify(x: Tensor) -> Tensor:
     return x.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
 
 
+class KleinLatents(nn.Module):
+    """AutoencoderKLFlux2 as `models/vae.py` knows an AutoencoderKL: latents patchified to [B, 128, H/16, W/16] and
+    normalised by the VAE's own statistics, a batch norm's, which is what the transformer sees."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.inner, c = vae, vae.config
+        self.config = SimpleNamespace(
+            latent_channels=4 * c.latent_channels, scaling_factor=1.0, shift_factor=0.0,
+            block_out_channels=(*c.block_out_channels, None),  # the patch halves once more
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """(mean, deviation), [1, 128, 1, 1]."""
+        bn = self.inner.bn
+        return bn.running_mean.view(1, -1, 1, 1), (bn.running_var + self.inner.config.batch_norm_eps).sqrt().view(
+            1, -1, 1, 1
+        )
+
+    def encode(self, pixels: Tensor) -> Any:
+        found, (mean, std) = self.inner.encode(pixels).latent_dist, self._statistics()
+        normal = SimpleNamespace(
+            mean=(patchify(found.mean) - mean) / std, std=patchify(found.std) / std,
+            logvar=patchify(found.logvar) - 2 * std.log(),
+        )  # fmt: skip
+        return SimpleNamespace(latent_dist=normal)
+
+    def decode(self, latents: Tensor) -> Any:
+        mean, std = self._statistics()
+        return self.inner.decode(unpatchify(latents * std + mean))
+
+
 class Flux2Adapter:
     """`models.adapter.Adapter` of a Flux2KleinPipeline folder, an undistilled one (`klein-base`).
 
@@ -59,9 +96,9 @@ class Flux2Adapter:
         """side: pixels, a multiple of 16; shift: mu of the exponential law; text_length: tokens, the pipeline's 512."""
         self.source, self.text_length, self.dtype, self.device = source, text_length, dtype, torch.device(device)
         self.schedule = FlowSchedule(shift=shift, kind="exponential")
-        self.vae = load_component(_diffusers("AutoencoderKLFlux2"), source, "vae", torch.float32, device)
-        side //= 2 * autoencoder.downsampling(self.vae)
-        self.latent_shape: tuple[int, ...] = (4 * self.vae.config.latent_channels, side, side)
+        self.vae = KleinLatents(load_component(_diffusers("AutoencoderKLFlux2"), source, "vae", torch.float32, device))
+        side //= autoencoder.downsampling(self.vae)
+        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side, side)
         self._empty: Condition | None = None
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -71,9 +108,9 @@ class Flux2Adapter:
             raise UserError(f"{self.source} embeds its guidance: allowed are FLUX.2 [klein] base checkpoints")
         return net
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return copy.deepcopy(teacher).to(dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
@@ -101,21 +138,11 @@ class Flux2Adapter:
         out = middle_output(self.blocks(net), lambda: self.predict(net, x, sigma, cond))
         return out[1] if isinstance(out, tuple) else out[:, cond.embeds.shape[1] :]
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """(mean, deviation) of a patchified latent, [1, 128, 1, 1], from the VAE's batch norm."""
-        bn, eps = self.vae.bn, self.vae.config.batch_norm_eps
-        return bn.running_mean.view(1, -1, 1, 1), (bn.running_var.view(1, -1, 1, 1) + eps).sqrt()
-
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        mean, std = self._statistics()
-        z = patchify(posterior.mean).to(noise.dtype) + patchify(posterior.std).to(noise.dtype) * noise
-        return (z - mean) / std
+        return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics()
-        return self.vae.decode(unpatchify(latents * std + mean).to(self.vae.dtype)).sample
+        return autoencoder.decode(self.vae, latents)
 
     @cached_property
     def text(self) -> Any:

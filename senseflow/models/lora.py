@@ -113,6 +113,14 @@ def _inject(net: nn.Module, names: list[str], lora: Lora) -> None:
         layer.lora_B[NAME].float()
 
 
+def student_from(adapter: Any, teacher: nn.Module, lora: Lora, state: Mapping[str, Tensor]) -> nn.Module:
+    """The LoRA student that `trained_state` (a checkpoint's `updates.student`) describes, on a frozen teacher; `merged`
+    makes a plain network of it. Raises RuntimeError for names or shapes of another rank or other targets."""
+    student, _ = lora_pair(adapter, teacher, lora, 0)
+    load_trained_state(student, state)
+    return student
+
+
 # -- what is saved -------------------------------------------------------------------------------------------------
 
 
