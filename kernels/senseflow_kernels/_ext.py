@@ -18,9 +18,11 @@ from torch import Tensor
 from senseflow_kernels import _launch
 from senseflow_kernels._launch import INTERPRET, launches, log
 
-ABI = 1
-FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v")  # senseflow_field
+ABI = 2
+# senseflow_field
+FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v", "m_exponent", "v_exponent")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # senseflow_dtype
+EIGHT = {"m": 3, "v": 3}  # SENSEFLOW_EIGHT, of a uint8 moment
 MODES = ("fp32", "nearest", "split", "stochastic")
 CHUNK = 8192  # SENSEFLOW_CUDA_CHUNK
 # Random bits of one parameter: phi's are random_bits' own, the others' those of another key.
@@ -126,12 +128,13 @@ def load_torch_ops() -> Any:
 
 def rows_of(
     tensors: Mapping[str, Sequence[Tensor]], random: Sequence[str] = (), parameter: Sequence[int] | None = None,
-    start: Sequence[int] | None = None,
+    start: Sequence[int] | None = None, blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The table of an update: int64 [tensors, 12] on the CPU, senseflow_row each.
+    """The table of an update: int64 [tensors, 15] on the CPU, senseflow_row each.
 
     tensors: lists by name of FIELDS, each as long as theta's, or empty; all contiguous and on one device; they must
     outlive the table. random: names whose bf16 tensors are rounded at random. parameter, start: of the random numbers.
+    blocks: of uint8 moments.
     Raises ValueError where a tensor is to be written twice.
     """
     theta = tensors["theta"]
@@ -142,13 +145,23 @@ def rows_of(
             if len(tensors.get(name, ())):
                 other = tensors[name][i]
                 row[f] = other.data_ptr()
-                kinds |= (KINDS.get(other.dtype, 0) | 8 * (name in random and other.dtype == torch.bfloat16)) << 4 * f
-        rows.append([*row, t.numel(), start[i] if start else 0, parameter[i] if parameter else i, kinds])
+                kind = EIGHT.get(name, 0) if other.dtype == torch.uint8 else KINDS.get(other.dtype, 0)
+                kinds |= (kind | 8 * (name in random and other.dtype == torch.bfloat16)) << 4 * f
+        rows.append(
+            [
+                *row,
+                t.numel(),
+                start[i] if start else 0,
+                parameter[i] if parameter else i,
+                kinds,
+                blocks[i] if blocks else 0,
+            ]
+        )
     for name, field in (("phi", 0), ("theta", 2)) if len(tensors.get("grad", ())) else (("phi", 0),):
         written = [row[field] for row in rows if row[field] and row[len(FIELDS)]]
         if len(set(written)) < len(written):
             raise ValueError(f"a tensor stands in {name} twice (tied weights?): two threads would race for it")
-    return torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS) + 4)
+    return torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS) + 5)
 
 
 def update_cpu(
