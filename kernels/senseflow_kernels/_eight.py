@@ -1,8 +1,8 @@
 """Adam's moments in 8 bits: floats whose exponent is counted from that of their block, rounded at random.
 
 exp_avg has a sign and 3 bits of mantissa; exp_avg_sq is kept as its root, which is what a step divides by, with 4 bits
-and no sign. Each spans 16 powers of two below the exponent of its block (2^-32 of the largest for exp_avg_sq), which is the
-smallest that no element of the block rounds up beyond:
+and no sign. Each spans 16 powers of two below the exponent of its block (2^-32 of the largest for exp_avg_sq), which is
+the smallest that no element of the block rounds up beyond:
 
     code c > 0 of exponent e means 2^(e - 15 + (c >> M)) (1 + (c mod 2^M) / 2^M), code 0 means 0
 

@@ -23,9 +23,9 @@ class InBackward:
     before the backward and from a hook on what the gradients come through (dL/dx0). Beside it a tensor whose gradient
     is not finite skips for itself. A skipped tensor keeps every bit, its count, phi and EMA too.
 
-    After the `with`: `norm`, 0-d fp32, of the whole gradient (not finite where a tensor's was not), `skipped`, 0-d fp32,
-    how many tensors were. Parameters without a gradient have their phi and EMA moved at the end. An exception leaves
-    those that had none yet as they were. Raises RuntimeError for a gradient that appears twice: gradients cannot be
+    After the `with`: `norm`, 0-d fp32, of the whole gradient (not finite where a tensor's was not), `skipped`, 0-d
+    fp32, how many tensors were. Parameters without a gradient have their phi and EMA moved at the end. An exception
+    leaves those that had none yet as they were. Raises RuntimeError for a gradient that appears twice: they cannot be
     accumulated over several backwards.
     """
 
