@@ -105,6 +105,10 @@ class Data(Section):
     NAME = "data"
     RANGES = {"batch": (1, 65536)}
     path: str = doc("image-text source; empty: the embedded emoji", "")
+    images: Literal["pictures", "teacher"] = doc(
+        "what the embedded set shows: its pictures, or the teacher's own many-step samples of their captions",
+        "pictures",
+    )
     batch: int = doc("images an iteration, over all ranks", 32)
 
 
@@ -210,6 +214,9 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    skip_silent: bool = doc(
+        "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,10 +25,11 @@ from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import make_evaluator
+from senseflow.evaluate import Look, make_evaluator, teacher_pictures
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
+from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
@@ -72,6 +73,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed here is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
@@ -79,7 +82,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    images = load_variants(canvas=cfg.model.side)
+    if cfg.data.images == "teacher":
+        images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
+    else:
+        images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)
@@ -113,9 +119,12 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     else:
         step.metrics |= updates.step(loss, iteration, "fake")
     if cfg.disc.kind == "vfm":
-        loss = discriminator_loss(parts, cfg, step, reference)
-        step.metrics["disc"] = loss.detach()
-        step.metrics |= updates.step(loss, iteration, "disc")
+        if step.silent and cfg.disc.omega_on_d:
+            step.metrics |= updates.coast(iteration, "disc")
+        else:
+            loss = discriminator_loss(parts, cfg, step, reference)
+            step.metrics["disc"] = loss.detach()
+            step.metrics |= updates.step(loss, iteration, "disc")
         parts.disc.update_spectral_norm()  # type: ignore[operator]
     step.metrics["saturation"] = saturation(step.x0)
     return step.metrics
@@ -242,10 +251,11 @@ def train(args: Arguments) -> int:
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
         save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
 
-    def look(iteration: int) -> None:
+    def look(iteration: int) -> Look:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
         picture = out / "grids" / f"{iteration:06d}.png"
         log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
+        return result
 
     def drain() -> None:
         rows = ring.drain()
@@ -283,14 +293,14 @@ def train(args: Arguments) -> int:
         if args.profile:
             profiler.report()
             return 0
-        look(done)
-    final_table(log, evaluator, parts, updates, out)
+        last = look(done)
+    final_table(log, evaluator, parts, updates, out, last)
     return 0
 
 
-def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path):
+def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
+    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
     print_table("lower KID and FD are better", columns, rows)
     results = [dict(zip(columns, row, strict=True)) for row in rows]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

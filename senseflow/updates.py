@@ -43,11 +43,21 @@ class Updates:
         its gradient norm is not finite. Nothing else gets a gradient: requires_grad is never toggled."""
         with self.parts.phase("backward"):
             loss.backward(inputs=[p for name in names for p in self.params[name]])
+        return self._apply(loss.detach(), iteration, *names)
+
+    def coast(self, iteration: int, name: str) -> dict[str, Tensor]:
+        """The step of a network whose loss is 0 whatever its weights: moments decay, and move the weights all the same,
+        as a backward of zeros would have it."""
+        for p in self.params[name]:
+            p.grad = torch.zeros_like(p)
+        return self._apply(torch.zeros((), device=self.params[name][0].device), iteration, name)
+
+    def _apply(self, loss: Tensor, iteration: int, *names: str) -> dict[str, Tensor]:
         metrics = {}
         with self.parts.phase("clip + AdamW"):
             for name in names:
                 norm = clip_grad_norm_(self.params[name], self.cfg.train.clip)
-                finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+                finite = torch.isfinite(loss) & torch.isfinite(norm)
                 optimizer = self.optimizers[name]
                 for group in optimizer.param_groups:
                     group["lr"] = self.scheduled(name, iteration)

@@ -101,7 +101,8 @@ class EmbeddedAdapter:
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """The transformer of the folder, frozen."""
-        return load_transformer(self.folder, self.device).to(dtype).requires_grad_(False)
+        net = load_transformer(self.folder, self.device)
+        return (net if dtype == torch.float32 else net.to(dtype)).requires_grad_(False)  # diffusers warns at every cast
 
     def student_of(self, teacher: torch.nn.Module) -> torch.nn.Module:
         """A trainable copy of the teacher, in fp32."""
