@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, precision: str = "nearest",
         moments: torch.dtype | str = torch.float32, phi: Sequence[Tensor] | None = None,
-        phi_low: Sequence[Tensor] | None = None, ema: Sequence[Tensor] | None = None, seed: int = 0,
+        phi_low: Sequence[Tensor | None] | None = None, ema: Sequence[Tensor] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         if precision not in MODES:
             raise ValueError(f"precision must be one of {MODES}, got {precision!r}")
@@ -129,9 +129,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("the parameters of this optimizer are given once, when it is built")
         super().add_param_group(param_group)
 
-    def lows(self) -> list[Tensor]:
-        """The int16 halves of all parameters in their order: phi_low of an optimizer whose phi these are."""
-        return [self.state[p]["low"] for group in self.param_groups for p in group["params"]]
+    def lows(self) -> list[Tensor | None]:
+        """The int16 halves of all parameters in their order, None of an exact one: phi_low of an optimizer whose phi
+        these are."""
+        return [self.state[p].get("low") for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(  # type: ignore[override]
