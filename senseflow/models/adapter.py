@@ -46,8 +46,8 @@ class Adapter(Protocol):
         """The teacher, frozen, in dtype."""
         ...
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """What student and fake start from: a trainable copy of the teacher, in fp32."""
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """What student and fake start from: a trainable copy of the teacher, kept in dtype."""
         ...
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:

@@ -104,9 +104,9 @@ class EmbeddedAdapter:
         net = load_transformer(self.folder, self.device)
         return (net if dtype == torch.float32 else net.to(dtype)).requires_grad_(False)  # diffusers warns at every cast
 
-    def student_of(self, teacher: torch.nn.Module) -> torch.nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return copy.deepcopy(teacher).to(dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[torch.nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""

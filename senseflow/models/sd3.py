@@ -48,9 +48,9 @@ class SD3Adapter:
 
         return load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return copy.deepcopy(teacher).to(dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""

@@ -1,6 +1,7 @@
 """Optimizer states on the host: the bits of AdamW, however late the update runs; save and load; errors arrive."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,9 @@ def values(seed, device, dtype):
 
 class Pair:
     """Student and fake with IDA and EMA, their optimizers on the host or not."""
+
+    student: Any
+    fake: Any
 
     def __init__(self, host, precision, moments, device):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -65,8 +69,9 @@ class Pair:
             skip = torch.tensor([float(i == 2)], device=self.device)
             self.step(self.student, self.theta, 2 * i, skip, lam=lam, ema_decay=0.99, coefficient=coefficient)
             self.step(self.fake, self.phi, 2 * i + 1)
-        if self.host:
-            self.student.wait(), self.fake.wait()
+        for optimizer in (self.student, self.fake):
+            if isinstance(optimizer, HostAdamW):
+                optimizer.wait()
         return [t.detach().float().cpu() for t in (*self.theta, *self.phi, *self.ema, *self.states())]
 
     def states(self):
