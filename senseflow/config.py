@@ -151,7 +151,7 @@ class Optim(Section):
     NAME = "optim"
     name: Literal["senseflow", "torch", "torchao-8bit", "apex"] = doc(
         "AdamW: senseflow: IDA and EMA in its pass, any train.precision and train.moments; torch: fused; torchao-8bit: "
-        "AdamW8bit; apex: NVIDIA's FusedAdam", "torch"
+        "AdamW8bit; apex: NVIDIA's FusedAdam", "senseflow"
     )  # fmt: skip
     in_backward: bool = doc(
         "step on each weight of student and fake as its gradient appears, so that these never exist together; "

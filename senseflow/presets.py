@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Optim, Rollout, Train
+from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
 REAL: Any = dict(side=1024, dtype="bf16")  # 1024 px and bf16 arithmetic everywhere (paper.md 4)
 VIT_L = "facebook/dinov2-large"  # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5)
@@ -33,11 +33,11 @@ def _released(name: str, **parts) -> Config:
     Batch 8 on 8 GPUs, AdamW .9/.999, eps 1e-8, no weight decay (paper.md 4); clip 1, no student EMA, a coin of
     one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
-    evaluates, and on how many prompts; weights kept exactly, in two halves, and one pass of AdamW, IDA and EMA.
+    evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
     """
     return Config(
         preset=name, out=f"runs/{name}", data=Data(batch=8), ema=Ema(decay=0.0),
-        rollout=Rollout(backward_prob=0.5), optim=Optim(name="senseflow"), **parts,
+        rollout=Rollout(backward_prob=0.5), **parts,
     )  # fmt: skip
 
 

@@ -135,10 +135,11 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
 
 def drift(updates: Updates) -> Tensor:
     """IDA drift: || phi - theta || / || theta ||, a device scalar."""
-    pairs = zip(updates.exact("fake"), updates.exact("student"), strict=True)  # no second copy of a network at a time
-    norms = [torch.stack(torch._foreach_norm([phi.float() - theta.float(), theta.float()])) for phi, theta in pairs]
-    gap, size = torch.stack(norms).unbind(1)
-    return torch.linalg.vector_norm(gap) / torch.linalg.vector_norm(size)
+    gap, size = [], []
+    for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
+        gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
+        size.append(torch._foreach_norm([theta.float()])[0])
+    return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:

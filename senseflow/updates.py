@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from senseflow.config import Config
 from senseflow.optim import Ema, apply_if_finite, clip_coefficient, clip_grad_norm_, make_optimizer, scheduled_lr
 from senseflow.steps import Parts
 from senseflow_kernels import HostAdamW, join_fp32
+
+
+def _note(found: Tensor, grad: Tensor) -> None:
+    """found becomes 1 where a gradient is not finite."""
+    found.copy_(torch.maximum(found, (~torch.isfinite(grad).all()).float()))
 
 
 def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
@@ -97,8 +103,7 @@ class Updates:
         found, seen = (~torch.isfinite(loss.detach())).float(), {}
         with self.parts.phase("backward + AdamW"), ExitStack() as stack:
             if x0 is not None and x0.requires_grad:
-                watch = x0.register_hook(lambda g: found.copy_(torch.maximum(found, (~g.isfinite().all()).float())))
-                stack.callback(watch.remove)
+                stack.callback(x0.register_hook(partial(_note, found)).remove)
             for name in inside:
                 how = dict(found_inf=found, clip=self.cfg.train.clip, **self._followers(name, lam))
                 seen[name] = stack.enter_context(self.optimizers[name].in_backward(**how))

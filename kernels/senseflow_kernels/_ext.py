@@ -85,7 +85,7 @@ def _cuda() -> tuple[Any, str | None]:
     if library is not None:
         pointer = ctypes.c_void_p
         library.senseflow_update_cuda.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
-        log.info("csrc runs on CUDA tensors, as SENSEFLOW_KERNELS=csrc says")
+        log.info("csrc runs on CUDA tensors")
     return library, reason
 
 
@@ -100,21 +100,22 @@ def _threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
-def reason_against(device: torch.device | str = "cpu") -> str | None:
-    """Why csrc does not run on tensors of the device, in words; None where it does. Loads the library."""
+def reason_against(device: torch.device | str = "cpu", alone: bool = False) -> str | None:
+    """Why csrc does not run on tensors of the device, in words; None where it does. Loads the library. alone: for what
+    has no other kernel, so that CUDA tensors need no SENSEFLOW_KERNELS=csrc."""
     kind = torch.device(device).type
     if _launch._torch_only:
         return "the torch path was asked for"
     if kind == "cpu":
         return "Triton's interpreter runs" if INTERPRET else _cpu()[1]
     if kind == "cuda":
-        return _cuda()[1] if _launch.PREFER_CSRC else "SENSEFLOW_KERNELS=csrc was not asked for"
+        return _cuda()[1] if alone or _launch.PREFER_CSRC else "SENSEFLOW_KERNELS=csrc was not asked for"
     return f"csrc has nothing for {kind} tensors"
 
 
-def takes(*tensors: Tensor) -> bool:
+def takes(*tensors: Tensor, alone: bool = False) -> bool:
     """Whether csrc does an update of these: all on one device where it runs, in dtypes that it has."""
-    return all(t.dtype in KINDS for t in tensors) and reason_against(tensors[0].device) is None
+    return all(t.dtype in KINDS for t in tensors) and reason_against(tensors[0].device, alone) is None
 
 
 def load_torch_ops() -> Any:

@@ -1,8 +1,8 @@
 """AdamW with IDA's phi and the EMA in the same pass: theta, its gradient and moments, phi and EMA are touched once.
 
 The law is torch.optim.AdamW's in fp32, then phi <- lam phi + (1 - lam) theta (paper.md 1.3) and the same for the EMA,
-both towards theta as it is kept. CPU tensors run csrc's C++ where it was built, CUDA tensors csrc's one launch where
-SENSEFLOW_KERNELS=csrc asks for it, everything else the same roundings in torch, tensor by tensor.
+both towards theta as it is kept. CPU and CUDA tensors run csrc's C++ and its one launch where these were built,
+everything else the same roundings in torch, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from senseflow_kernels._table import Group, local, paired, start_of
 from senseflow_kernels.buckets import is_dense, is_dtensor
 from senseflow_kernels.lerp import MODES, lerp_reference
 
-NO_KERNEL = "it has no Triton kernel (SENSEFLOW_KERNELS=csrc runs csrc's CUDA)"
+NO_KERNEL = "it has no Triton kernel, and csrc's CUDA was not built (install with nvcc)"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = (torch.float32, torch.bfloat16, "8bit")
 # Of a state: what torch.optim.AdamW calls them, and what a launch does.
@@ -231,7 +231,7 @@ class AdamW(torch.optim.Optimizer):
         if not x["grad"]:
             self._follow(part, group["updates"], s)
             return
-        if _ext.takes(*(x[name][0] for name in ("theta", "grad", "phi") if x[name])):
+        if _ext.takes(*(x[name][0] for name in ("theta", "grad", "phi") if x[name]), alone=True):
             plan = self._plans.setdefault((*key[1:], *part.ids), Plan()).at(part, random)
             launch(plan, part, group, self.seed, s)
         else:

@@ -89,6 +89,11 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
 
+def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """net in fp32 or bf16, in place. Not by to(dtype), at which diffusers warns."""
+    return net.float() if dtype == torch.float32 else net.bfloat16()
+
+
 def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
     """What the middle one of `blocks` returns as element `stream` while `forward` runs."""
     caught: list[Tensor] = []
