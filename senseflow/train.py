@@ -21,7 +21,7 @@ from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
-from senseflow.config import Config, UserError, to_dict
+from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
@@ -44,7 +44,7 @@ from senseflow.steps import (
     saturation,
     student_forward,
 )
-from senseflow.updates import Updates
+from senseflow.updates import Updates, bytes_beside
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
@@ -80,7 +80,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
-    student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
+    student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     if cfg.data.images == "teacher":
         images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
@@ -103,13 +104,15 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     """One iteration of Algorithm 1: student forward, its step and IDA on every f-th, then fake, then D."""
     turn = iteration - cfg.train.fake_warmup
     is_gen = turn >= 0 and (turn + 1) % cfg.train.gen_every == 0
+    updates.ready("student")
     step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
+    updates.ready("fake", "disc")
     reference = reference_features(parts, cfg, step)
     if is_gen:
         loss = generator_losses(parts, cfg, step, reference)
-        step.metrics |= updates.step(loss, iteration, "student")
-        updates.after_student(step.metrics)
+        step.metrics |= updates.step(loss, iteration, "student", lam=updates.lam(step.metrics), x0=step.x0)
         step.x0 = step.x0.detach()
+        updates.ready("fake")  # which IDA has moved
     loss = fake_loss(parts, cfg, step)
     step.metrics["fake"] = loss.detach()
     if cfg.disc.kind == "fake_features":  # DMD2: the classifier and the features it reads learn together
@@ -130,16 +133,18 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     return step.metrics
 
 
-def drift(parts: Parts) -> Tensor:
+def drift(updates: Updates) -> Tensor:
     """IDA drift: || phi - theta || / || theta ||, a device scalar."""
-    theta, phi = list(parts.student.parameters()), list(parts.fake.parameters())
-    gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
-    size = torch._foreach_norm([t.data for t in theta])
+    gap, size = [], []
+    for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
+        gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
+        size.append(torch._foreach_norm([theta.float()])[0])
     return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     """The network to look at and to ship: the EMA where there is one, else the student itself."""
+    updates.ready()
     if updates.ema is None:
         return parts.student
     net = copy.deepcopy(parts.student)
@@ -184,12 +189,12 @@ class Stop:
 def plan(cfg: Config, parts: Parts) -> None:
     """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
     rows, total = [], 0.0
-    for name, copies in (("student", 4), ("fake", 4), ("teacher", 1), ("disc", 4), ("vfm", 1)):
+    for name in ("student", "fake", "teacher", "disc", "vfm"):
         net = getattr(parts, name)
         if net is None:
             continue
         count = sum(p.numel() for p in net.parameters())
-        gigabytes = count * 4 * copies / 1e9
+        gigabytes = sum(p.numel() * (p.element_size() + bytes_beside(cfg, name, p)) for p in net.parameters()) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
@@ -210,10 +215,14 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
     if not found:
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
-    saved, now = state["config"], to_dict(cfg)
+    saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
     for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
+    for part, name in (("train", "precision"), ("train", "moments"), ("optim", "name"), ("optim", "in_backward")):
+        was, is_now = saved[part][name], now[part][name]
+        if was != is_now:
+            raise UserError(f"--resume: {part}.{name} was {was!r} in the checkpoint and is {is_now!r} now")
     updates.load(state["updates"])
     return iteration
 
@@ -273,7 +282,7 @@ def train(args: Arguments) -> int:
                 metrics = iterate(cfg, parts, updates, batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
-                metrics["ida_drift"] = drift(parts)
+                metrics["ida_drift"] = drift(updates)
             ring.put(done, metrics)
             if done % cfg.log.every == 0 or done == total:
                 drain()
