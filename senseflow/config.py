@@ -147,12 +147,35 @@ class Train(Section):
     warmup: int = doc("linear learning-rate warm-up, iterations", 0)
     cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
-    precision: Literal["fp32"] = doc("storage of the trained weights", "fp32")
+    precision: Literal["fp32", "split", "stochastic"] = doc(
+        "storage of student and fake; split: bf16 and 16 bits beside it, so fp32; stochastic: bf16 rounded at random",
+        "fp32",
+    )  # fmt: skip
+    moments: Literal["fp32", "bf16", "8bit"] = doc("storage of Adam's moments of student and fake", "fp32")
     fake_warmup: int = doc("iterations that train the fake alone, at the start", 0)
     checkpoint_every: int = doc("iterations between checkpoints", 100)
     keep_last: int = doc("checkpoints kept", 2)
     max_nonfinite: int = doc("non-finite updates in a row that stop the run", 20)
     threads: int = doc("CPU threads; 0: torch's default", 0)
+
+
+@dataclass(frozen=True)
+class Optim(Section):
+    NAME = "optim"
+    name: Literal["senseflow", "torch", "torchao-8bit", "apex"] = doc(
+        "AdamW: senseflow: IDA and EMA in its pass, any train.precision and train.moments; torch: fused; torchao-8bit: "
+        "AdamW8bit; apex: NVIDIA's FusedAdam", "senseflow"
+    )  # fmt: skip
+    in_backward: bool = doc(
+        "step on each weight of student and fake as its gradient appears, so that these never exist together; "
+        "train.clip then goes by the last step's norm", False
+    )  # fmt: skip
+    host: bool = doc("keep moments and exact weights of student and fake in host memory, stepped on by the CPU", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.in_backward and self.host:
+            raise UserError("optim.in_backward = True: allowed is false with optim.host = True")
 
 
 @dataclass(frozen=True)
@@ -304,6 +327,7 @@ class Config(Section):
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
     dmd: Dmd = field(default_factory=Dmd)
     fake: Fake = field(default_factory=Fake)
     isg: Isg = field(default_factory=Isg)
@@ -319,6 +343,17 @@ class Config(Section):
         super().__post_init__()
         if not self.out:
             raise UserError("out = '': allowed is the name of a folder")
+        for name, plain in (("train.precision", "fp32"), ("train.moments", "fp32"), ("optim.in_backward", False),
+                            ("optim.host", False)):  # fmt: skip
+            section, _, leaf = name.partition(".")
+            value = getattr(getattr(self, section), leaf)
+            if self.optim.name != "senseflow" and value != plain:
+                allowed = str(plain).lower() if plain is False else plain
+                raise UserError(f"{name} = {value!r}: allowed is {allowed} with optim.name = {self.optim.name!r}")
+        if self.train.precision != "fp32" and self.model.dtype != "bf16":
+            raise UserError(
+                f"train.precision = {self.train.precision!r}: allowed is fp32 with model.dtype = {self.model.dtype!r}"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _released(name: str, **parts) -> Config:
     Batch 8 on 8 GPUs, AdamW .9/.999, eps 1e-8, no weight decay (paper.md 4); clip 1, no student EMA, a coin of
     one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
-    evaluates, and on how many prompts.
+    evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
     """
     return Config(
         preset=name, out=f"runs/{name}", data=Data(batch=8), ema=Ema(decay=0.0),
@@ -56,7 +56,7 @@ def _train(iterations: int, gen_every: int, lr: float) -> Train:
     """One constant rate for all three networks: the released warm-up of 500 starts at its own end (paper.md 4)."""
     return Train(
         iterations=iterations, gen_every=gen_every, lr=lr, fake_lr=lr, disc_lr=lr, warmup=0, cooldown=0.0,
-        checkpoint_every=500,
+        checkpoint_every=500, precision="split",
     )  # fmt: skip
 
 
@@ -101,7 +101,10 @@ def sd35_medium() -> Config:
 
 
 def flux_dev() -> Config:
-    """FLUX.1-dev (trainer_flux_senseflow.py): embedded guidance, logit-normal unshifted t; lr of the paper's text."""
+    """FLUX.1-dev (trainer_flux_senseflow.py): embedded guidance, logit-normal unshifted t; lr of the paper's text.
+
+    On one GPU: --train.precision stochastic --train.moments 8bit --optim.in_backward true (docs/precision.md).
+    """
     return _released(
         "flux-dev",
         model=Model(family="flux", shift=1.15, shift_kind="exponential", **REAL),

@@ -45,7 +45,7 @@ from senseflow.steps import (
     student_forward,
     text_vector,
 )
-from senseflow.updates import Updates
+from senseflow.updates import Updates, bytes_beside
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
@@ -84,7 +84,8 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     if cfg.model.variant == "lora":
         student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
     else:
-        student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+        storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
+        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     if cfg.data.images == "teacher":
         images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
@@ -107,13 +108,15 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     """One iteration of Algorithm 1: student forward, its step and IDA on every f-th, then fake, then D."""
     turn = iteration - cfg.train.fake_warmup
     is_gen = turn >= 0 and (turn + 1) % cfg.train.gen_every == 0
+    updates.ready("student")
     step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
+    updates.ready("fake", "disc")
     reference = reference_features(parts, cfg, step)
     if is_gen:
         loss = generator_losses(parts, cfg, step, reference)
-        step.metrics |= updates.step(loss, iteration, "student")
-        updates.after_student(step.metrics)
+        step.metrics |= updates.step(loss, iteration, "student", lam=updates.lam(step.metrics), x0=step.x0)
         step.x0 = step.x0.detach()
+        updates.ready("fake")  # which IDA has moved
     loss = fake_loss(parts, cfg, step)
     step.metrics["fake"] = loss.detach()
     if cfg.disc.kind == "fake_features":  # DMD2: the classifier and the features it reads learn together
@@ -134,18 +137,20 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     return step.metrics
 
 
-def drift(parts: Parts) -> Tensor:
+def drift(updates: Updates) -> Tensor:
     """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of
     the effective weights over what the student has learned, as A's rows are orthonormal; 0 before any update."""
-    theta, phi = trainable(parts.student), trainable(parts.fake)
-    gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
-    size = torch._foreach_norm([t.data for t in theta])
+    gap, size = [], []
+    for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
+        gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
+        size.append(torch._foreach_norm([theta.float()])[0])
     whole = torch.linalg.vector_norm(torch.stack(size))
     return torch.linalg.vector_norm(torch.stack(gap)) / whole.clamp_min(1e-12)
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     """The network to look at and to ship: the EMA where there is one, else the student itself."""
+    updates.ready()
     if updates.ema is None:
         return parts.student
     net = shared_copy(parts.student)
@@ -197,8 +202,8 @@ def plan(cfg: Config, parts: Parts) -> None:
         own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
         seen |= {id(p) for p in own}
         count = sum(p.numel() for p in own)
-        # what trains has a gradient and two moments of its own dtype
-        gigabytes = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in own) / 1e9
+        beside = {id(p): bytes_beside(cfg, name, p) for p in own if p.requires_grad}
+        gigabytes = sum(p.numel() * (p.element_size() + beside.get(id(p), 0)) for p in own) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
@@ -223,6 +228,10 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
     for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
+    for part, name in (("train", "precision"), ("train", "moments"), ("optim", "name"), ("optim", "in_backward")):
+        was, is_now = saved[part][name], now[part][name]
+        if was != is_now:
+            raise UserError(f"--resume: {part}.{name} was {was!r} in the checkpoint and is {is_now!r} now")
     updates.load(state["updates"])
     return iteration
 
@@ -286,7 +295,7 @@ def train(args: Arguments) -> int:
                 metrics = iterate(cfg, parts, updates, batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
-                metrics["ida_drift"] = drift(parts)
+                metrics["ida_drift"] = drift(updates)
             ring.put(done, metrics)
             if done % cfg.log.every == 0 or done == total:
                 drain()

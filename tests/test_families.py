@@ -19,6 +19,7 @@ WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.gen_every=1", "log.every=1",
     "log.tensorboard=false", "log.progress=false", "eval.grid=2", "eval.teacher_steps=2", "eval.every=100",
+    "train.precision=fp32",
     "disc.taps=-1,2", "disc.size=28", "disc.width=8", "disc.downsample=1", "disc.backbone=", "train.keep_last=9",
 )]  # fmt: skip
 

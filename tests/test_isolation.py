@@ -22,7 +22,7 @@ WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "flux-dev": write_f
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.lr=1e-3", "train.fake_lr=1e-3",
     "disc.taps=-1,2", "disc.size=28", "disc.width=8", "disc.downsample=1", "disc.backbone=", "disc.omega=one",
-    "rollout.backward_prob=0", "lora.rank=4",
+    "rollout.backward_prob=0", "lora.rank=4", "train.precision=fp32",
 )]  # fmt: skip
 CPU = torch.device("cpu")
 

@@ -41,7 +41,8 @@ WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "flux-dev": write_f
 ADAPTER = {"sd35-medium": SD3Adapter, "flux-dev": FluxAdapter, "sdxl": SDXLAdapter,
            "flux2-klein": Flux2Adapter}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
-    "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.gen_every=1", "log.every=1",
+    "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=2",
+    "train.gen_every=1", "log.every=1",
     "log.tensorboard=false", "log.progress=false", "eval.grid=2", "eval.teacher_steps=1", "eval.every=100",
     "disc.kind=fake_features", "train.lr=1e-2", "train.fake_lr=1e-2", "ema.decay=0.5", "train.iterations=2",
     "model.variant=lora", "lora.rank=4", "lora.alpha=6", "train.keep_last=9",
@@ -284,8 +285,11 @@ def test_resume_is_bit_for_bit(preset, folders, tmp_path):
 
 
 def test_bf16_base_trains_in_fp32(folders):
-    """B, A and their updates stay fp32 over a bf16 teacher, which stays bit for bit."""
-    _, parts, _, rows = trained("sd35-medium", folders, "--model.dtype", "bf16", iterations=1)
+    """B, A and their updates stay fp32 over a bf16 teacher, which stays bit for bit, whatever precision the preset
+    keeps whole networks in."""
+    split = ["--model.dtype", "bf16", "--train.precision", "split"]
+    _, parts, updates, rows = trained("sd35-medium", folders, *split, iterations=1)
+    assert updates.one_pass and all(p.dtype == torch.float32 for p in updates.exact("fake"))
     alone = adapter_of("sd35-medium", folders).load_network(torch.bfloat16)
     assert all(torch.equal(t, alone.state_dict()[k]) for k, t in parts.teacher.state_dict().items())
     assert {p.dtype for p in trainable(parts.student)} == {torch.float32} and parts.student.dtype == torch.bfloat16

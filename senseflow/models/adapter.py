@@ -46,8 +46,8 @@ class Adapter(Protocol):
         """The teacher, frozen, in dtype."""
         ...
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """What student and fake start from: a trainable copy of the teacher, in fp32."""
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """What student and fake start from: a trainable copy of the teacher, kept in dtype."""
         ...
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
@@ -87,6 +87,11 @@ class Adapter(Protocol):
 def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast of x's device to a half dtype, in which a network with fp32 weights computes; nothing for fp32."""
     return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """net in fp32 or bf16, in place. Not by to(dtype), at which diffusers warns."""
+    return net.float() if dtype == torch.float32 else net.bfloat16()
 
 
 def middle_output(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> Any:

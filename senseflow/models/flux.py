@@ -60,13 +60,18 @@ class FluxAdapter:
 
         return load_component(FluxTransformer2DModel, self.source, "transformer", dtype, self.device)
 
-    def student_of(self, teacher: Any) -> nn.Module:
-        """A trainable copy of the teacher, in fp32, without the guidance embedding."""
+    def student_of(self, teacher: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype, without the guidance embedding."""
         from diffusers import FluxTransformer2DModel
 
         config = {**teacher.config, "guidance_embeds": False}
-        with torch.device(self.device):
-            net: Any = FluxTransformer2DModel.from_config(config)  # pyright: ignore[reportAssignmentType]
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # straight in dtype: FLUX in fp32 would be 48 GB for a moment
+        try:
+            with torch.device(self.device):
+                net: Any = FluxTransformer2DModel.from_config(config)  # pyright: ignore[reportAssignmentType]
+        finally:
+            torch.set_default_dtype(usual)
         kept = {k: v for k, v in teacher.state_dict().items() if ".guidance_embedder." not in k}
         net.load_state_dict(kept)
         return net.eval().requires_grad_(True)

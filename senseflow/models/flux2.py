@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, in_dtype, middle_output
+from senseflow.models.adapter import Condition, cast, in_dtype, middle_output
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 TEXT_BATCH = 32  # prompts encoded at once: the language model hands out every layer's states
@@ -110,7 +110,7 @@ class Flux2Adapter:
 
     def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A trainable copy of the teacher, kept in dtype."""
-        return copy.deepcopy(teacher).to(dtype).requires_grad_(True)
+        return cast(copy.deepcopy(teacher), dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""

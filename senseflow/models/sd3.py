@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, in_dtype, middle_tokens
+from senseflow.models.adapter import Condition, cast, in_dtype, middle_tokens
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -48,9 +48,9 @@ class SD3Adapter:
 
         return load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return cast(copy.deepcopy(teacher), dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
