@@ -37,6 +37,11 @@ def _released(name: str, **parts) -> Config:
     one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
     evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
+
+    What each teacher has of its own, below: lambda_G, lambda_ISG, lambda of IDA, f, guidance and margin from paper.md
+    1.7; laws of t from 1.1 and 1.2; omega from 1.6; shift and anchors from 3; rate and iterations from 4. Where the
+    paper's text says otherwise than its code: --isg.loss l2 (Eq. 12), --disc.omega paper --disc.omega_on_d false.
+    Released too: --model.anchors released (FLUX's rounded sigmas), --model.text_length 77 (SD 3.5's T5).
     """
     return Config(
         preset=name, out=f"runs/{name}", data=Data(batch=8), ema=Ema(decay=0.0),
