@@ -398,6 +398,15 @@ def test_errors():
         lerp_([fp32], [fp32], torch.zeros(2))
     with pytest.raises(ValueError, match="twice"):
         lerp_([fp32, fp32], [half, half], 0.5)
+    for lam in (1.5, -0.1, torch.nan):
+        with pytest.raises(ValueError, match=rf"lam must be in \[0, 1\], got {lam}"):
+            lerp_([fp32], [fp32.clone()], lam)
+    net = torch.nn.Linear(2, 2, device=DEVICE)
+    for named, kind in ((net.state_dict(), "str"), (net.named_parameters(), "tuple")):
+        with pytest.raises(ValueError, match=f"tensor 0: phi must be a list of tensors, here is a {kind}"):
+            lerp_(named, net.parameters(), 0.5)
+    with pytest.raises(ValueError, match="tensor 1: theta must be a list of tensors, here is a float"):
+        lerp_([fp32, half], [fp32.clone(), 0.5], 0.5)
     lerp_([], [], 0.5)
 
 
