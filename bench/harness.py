@@ -256,7 +256,7 @@ def environment() -> dict[str, Any]:
     gpu = _output("nvidia-smi", query, "--format=csv,noheader", "-i", "0") if CUDA else None
     return dict(
         device=device_name(), device_type=DEVICE.type, cpu=platform.processor() or platform.machine(),
-        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=platform.platform(),
+        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=" ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
         triton=_version("triton"), pytest_benchmark=_version("pytest-benchmark"),
         driver_clock_maxclock_power=gpu, capability=list(torch.cuda.get_device_capability()) if CUDA else None,
