@@ -254,9 +254,10 @@ def environment() -> dict[str, Any]:
     commit, dirty = _commit()
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit"
     gpu = _output("nvidia-smi", query, "--format=csv,noheader", "-i", "0") if CUDA else None
+    system = " ".join([platform.system(), platform.machine(), *platform.libc_ver()])
     return dict(
         device=device_name(), device_type=DEVICE.type, cpu=platform.processor() or platform.machine(),
-        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=" ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
+        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=system,
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
         triton=_version("triton"), pytest_benchmark=_version("pytest-benchmark"),
         driver_clock_maxclock_power=gpu, capability=list(torch.cuda.get_device_capability()) if CUDA else None,
