@@ -65,12 +65,17 @@ def parts() -> dict[str, Part]:
             for name in ("step", "data") if (ROOT / f"bench/{name}.py").exists()
         ),
         *(
-            Part(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "9", *pytest, *checked, "-k", "not graph"], 9)
+            Part(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "9", *pytest, *checked, "-k", BRIEF], 9)
             for tool in ("memcheck", "racecheck", "synccheck")
         ),
         Part("ahead of time", [*pytest, *apart, *ahead], 6),
     ]  # fmt: skip
     return {part.name.replace(" ", "-"): part for part in found}
+
+
+# Under the sanitizer, where a kernel takes many times as long: without hypothesis, compilers and the largest tensors.
+# `make sanitize` runs them all.
+BRIEF = "not graph and not any_ and not compile and not opcheck and not size and not 2_to_the_31"
 
 
 def collecting(part: Part) -> Part:
