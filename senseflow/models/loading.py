@@ -121,6 +121,15 @@ def dtype_argument() -> str:
     return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
 
 
+def quiet() -> None:
+    """No bars of diffusers' and transformers' own while files load: they are noise beside ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def local_folder(source: str | Path, parts: Sequence[str]) -> Path:
     """`source` itself, or the folder where a hub id's files lie: its cached snapshot if that has `parts` (subfolders
     or files), else after a download of them. Raises UserError without network, licence or such a repository."""
@@ -225,6 +234,7 @@ def load_pipeline_shell(cls: Any, source: str | Path, dtype: torch.dtype, withou
     Raises UserError when a part is missing or does not load.
     """
     parts = [name for name in components(source) if name not in without]
+    quiet()
     folder = local_folder(source, ["model_index.json", *parts])
     variants = set()
     for part in parts:
