@@ -155,8 +155,8 @@ def make_card(args: argparse.Namespace, student: Student, adapter: Any, teacher:
         family = model_card.family_of(model.family)
         settings = model_card.call_settings(adapter, family, anchors, model.side)
         blocks = model_card.pipeline_blocks(args.to, family, adapter, settings, where, args.prompts)
-    weights = {"": "the weights it ships", "ema": "EMA weights", "raw": "raw weights"}[student.weights]
-    about = f"{weights} of `{student.path.name}`, stored in {dtype}"
+    weights = {"": "weights as shipped", "ema": "EMA weights", "raw": "raw weights"}[student.weights]
+    about = f"{weights} in `{student.path.name}`, stored in {dtype}"
     return model_card.render(args.to, student.record, model, teacher, about, blocks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from senseflow.config import UserError
@@ -194,7 +195,7 @@ def render(target: str, record: dict[str, Any], model: Any, teacher: str, about:
         "lora": "a LoRA on the teacher, and its scheduler",
     }[target]
     body = [
-        f"# {steps}-step student of {teacher or 'the embedded teacher'}",
+        f"# {steps}-step student of {base or Path(teacher or 'the embedded teacher').name}",
         "",
         f"Distilled with senseflow, preset `{record.get('preset', '?')}`; {about}: {what}.",
         f"{steps} network calls a picture, no guidance, {model.side}x{model.side} pixels; sigmas {anchors}.",

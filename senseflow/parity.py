@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
+from senseflow.config import UserError
 from senseflow.model_card import FENCE, PLACES
 from senseflow.models.flux import unpack
+from senseflow.models.loading import first_line
 
 # Bound of |ours - theirs| / |theirs|. fp32: some thousand roundings of 6e-8 that add up like a random walk, times the
 # 15 by which SDXL's x0 at its last timestep magnifies them, and room. Half dtypes: the two round at other places
