@@ -1,9 +1,10 @@
-"""`python -m senseflow.sample`: students and teachers, prompts, metadata, the same pictures on any number of processes."""
+"""`python -m senseflow.sample`: students, teachers, prompts, metadata, the same pictures on any number of processes."""
 
 import json
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_shares_are_all_indices_once(count, batch, world):
     """And every batch is one that a single process would make."""
     alone = [part.tolist() for part in shares(count, batch, 0, 1)]
     split = [part.tolist() for rank in range(world) for part in shares(count, batch, rank, world)]
-    assert sorted(split) == sorted(alone) and sorted(sum(split, [])) == list(range(count))
+    assert sorted(split) == sorted(alone) and sorted(chain(*split)) == list(range(count))
 
 
 def test_two_processes_make_the_same_pictures(made, tmp_path, monkeypatch):

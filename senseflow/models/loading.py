@@ -196,6 +196,7 @@ def load_component(
         kwargs["low_cpu_mem_usage"] = has_accelerate()  # without accelerate: a plain construction first
     if torch.device(device).type != "cpu" and has_accelerate():
         kwargs["device_map"] = {"": torch.device(device)}
+    quiet()
     try:
         net, info = cls.from_pretrained(folder, subfolder=subfolder, local_files_only=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
