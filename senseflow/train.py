@@ -81,10 +81,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
+    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
     if cfg.model.variant == "lora":
         student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
     else:
-        storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
         student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     if cfg.data.images == "teacher":
@@ -202,8 +202,8 @@ def plan(cfg: Config, parts: Parts) -> None:
         own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
         seen |= {id(p) for p in own}
         count = sum(p.numel() for p in own)
-        beside = {id(p): bytes_beside(cfg, name, p) for p in own if p.requires_grad}
-        gigabytes = sum(p.numel() * (p.element_size() + beside.get(id(p), 0)) for p in own) / 1e9
+        beside = (bytes_beside(cfg, name, p) if p.requires_grad else 0.0 for p in own)
+        gigabytes = sum(p.numel() * (p.element_size() + more) for p, more in zip(own, beside, strict=True)) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
