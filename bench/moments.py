@@ -2,7 +2,7 @@
 
     python -m bench.moments [--iterations 60] [--prompts 96] [--seeds 0 1 2] [--out FILE.json]
 
-Six trainings one after another, on a CPU some 4 minutes each on two cores at the defaults. A score agrees where the mean
+Six trainings one after another, some 4 minutes each on two cores at the defaults. A score agrees where the mean
 of the 8-bit runs differs from that of the fp32 runs by no more than the spread (largest less smallest) of these. As
 iterations are few, the cooldown is left as it is in the preset. Exit status 1 where a score does not agree.
 """

@@ -71,12 +71,12 @@ def ours(form: str, steps: int) -> tuple[Tensor, Tensor]:
         phi_low=None if phi_low is None else [phi_low],
     )  # fmt: skip
     if low is not None:
-        optimizer.lows()[0].copy_(low)
+        optimizer.state[param]["low"].copy_(low)
     for grad in gradients(steps):
         param.grad = grad.to(param.dtype)
         optimizer.step(lam=LAM)
     if phi_low is not None:
-        return join_fp32(param.detach(), optimizer.lows()[0]), join_fp32(phi, phi_low)
+        return join_fp32(param.detach(), optimizer.state[param]["low"]), join_fp32(phi, phi_low)
     return param.detach().float(), phi.float()
 
 
