@@ -124,8 +124,11 @@ def test_lcm_has_our_timesteps_by_itself(steps):
     assert scheduler.timesteps.tolist() == ours.tolist()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("target", ["transformer", "single-file"])
+@pytest.mark.parametrize("preset, target", [
+    ("sd35-medium", "single-file"), ("flux-dev", "transformer"), ("flux-dev", "single-file"), ("sdxl", "transformer"),
+    pytest.param("sdxl", "single-file", marks=pytest.mark.slow),
+    pytest.param("sd35-medium", "transformer", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_parts_give_our_latents_inside_the_teacher(preset, target, runs, tmp_path, capsys):
     _, run, _ = runs(preset)
     assert run_export(run, tmp_path / "out", "--to", target) == 0
