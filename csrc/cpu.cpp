@@ -48,9 +48,14 @@ bool is_valid(const senseflow_row& row) {
   if (row.n == 0) return true;  // an empty tensor may have no address
   if (!row.data[THETA]) return false;
   if (row.data[GRAD] && !(row.data[MOMENT] && row.data[SQUARE])) return false;
+  for (int field : {MOMENT, SQUARE}) {
+    if (dtype(field) != SENSEFLOW_EIGHT) continue;
+    const bool blocks = row.block == 64 || row.block == 128 || row.block == 256;
+    if (!row.data[field + 2] || !blocks || row.n % row.block || row.start % row.block) return false;
+  }
   for (int field : {PHI, THETA, EMA, GRAD, MOMENT, SQUARE}) {
     const bool has_low = (field == PHI || field == THETA) && row.data[field] && row.data[field + 1];
-    if (dtype(field) > SENSEFLOW_FP16) return false;
+    if (dtype(field) == SENSEFLOW_EIGHT && field != MOMENT && field != SQUARE) return false;
     if ((has_low || random(field)) && dtype(field) != SENSEFLOW_BF16) return false;
     if (random(field) && (has_low || field == EMA || field == GRAD)) return false;
   }
@@ -73,9 +78,14 @@ void run(int64_t begin, int64_t end, void* context) {
     (share.firsts[middle] <= begin ? low : high) = middle;
   }
   for (int64_t i = low; i < share.count && share.firsts[i] < end; ++i) {
-    const int64_t at = begin > share.firsts[i] ? begin : share.firsts[i];
-    const int64_t to = end < share.firsts[i + 1] ? end : share.firsts[i + 1];
-    if (at < to) share.kernel(share.rows[i], at - share.firsts[i], to - share.firsts[i], share.update);
+    const senseflow_row& row = share.rows[i];
+    int64_t at = begin > share.firsts[i] ? begin - share.firsts[i] : 0;
+    int64_t to = end < share.firsts[i + 1] ? end - share.firsts[i] : row.n;
+    if (row.block) {  // whole blocks: one belongs to the thread that has its first element
+      at = (at + row.block - 1) / row.block * row.block;
+      to = (to + row.block - 1) / row.block * row.block;
+    }
+    if (at < to) share.kernel(row, at, to, share.update);
   }
 }
 

@@ -156,6 +156,63 @@ struct Span {
   }
 };
 
+// A moment in codes: eight of them a thread, and a block of them is 8, 16 or 32 threads of one warp.
+template <bool WIDE, int FIELD>
+__device__ __forceinline__ void load_eight(const Span<WIDE> span, const senseflow_row& row, float out[VECTOR]) {
+  constexpr int MANTISSA = FIELD == MOMENT ? MOMENT_MANTISSA : SQUARE_MANTISSA;
+  const uint8_t* from = global<uint8_t>(row.data[FIELD]) + span.at;
+  const int32_t base = base_of(global<int8_t>(row.data[FIELD + 2])[span.at / row.block]);
+  uint32_t words[2] = {0, 0};
+  if (WIDE) {
+    const uint2 vector = *(const uint2*)from;
+    words[0] = vector.x, words[1] = vector.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) words[i / 4] |= (uint32_t)from[i] << (8 * (i % 4));
+  }
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const uint32_t code = words[i / 4] >> (8 * (i % 4)) & 0xFF;
+    const float root = from_eight((int32_t)(code & ((16 << MANTISSA) - 1)), base, MANTISSA);
+    out[i] = FIELD == SQUARE ? root * root : float_of(bits_of(root) | (code & 0x80) << 24);
+  }
+}
+
+template <bool WIDE, int FIELD>
+__device__ __forceinline__ void store_eight(
+    const Span<WIDE> span, const senseflow_row& row, const float value[VECTOR], int64_t seed, int64_t step,
+    uint32_t stream) {
+  constexpr int MANTISSA = FIELD == MOMENT ? MOMENT_MANTISSA : SQUARE_MANTISSA;
+  float size[VECTOR];
+  int32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const uint32_t bits = bits_of(FIELD == SQUARE ? __fsqrt_rn(value[i]) : value[i]) & 0x7FFFFFFF;
+    size[i] = float_of(bits);
+    largest = max(largest, (int32_t)bits);
+  }
+  const int lanes = (int)row.block / VECTOR, lane = threadIdx.x % 32;
+  const uint32_t mask = (lanes == 32 ? ~0u : (1u << lanes) - 1) << (lane & ~(lanes - 1));
+  for (int apart = lanes / 2; apart; apart /= 2) largest = max(largest, __shfl_xor_sync(mask, largest, apart));
+  const int32_t exponent = exponent_of(largest, MANTISSA), base = base_of(exponent);
+  if (lane % lanes == 0) global<int8_t>(row.data[FIELD + 2])[span.at / row.block] = (int8_t)exponent;
+  uint32_t random[4], words[2] = {0, 0};
+  philox((uint64_t)(row.start + span.at) / 8, (uint32_t)row.parameter, (uint32_t)step, stream_key(seed, stream), random);
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const uint32_t sign = FIELD == MOMENT ? bits_of(value[i]) >> 24 & 0x80 : 0;
+    const int32_t code = to_eight<FIELD == SQUARE>(size[i], base, MANTISSA, random[i / 2] >> (16 * (i % 2)) & 0xFFFF);
+    words[i / 4] |= (sign | (uint32_t)code) << (8 * (i % 4));
+  }
+  uint8_t* to = global<uint8_t>(row.data[FIELD]) + span.at;
+  if (WIDE) {
+    *(uint2*)to = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) to[i] = (uint8_t)(words[i / 4] >> (8 * (i % 4)));
+  }
+}
+
 template <bool WIDE>
 __device__ __forceinline__ void move(
     const Span<WIDE> span, const Field& f, const float end[VECTOR], float weight, const senseflow_row& row, int64_t seed,
@@ -176,12 +233,15 @@ __device__ __forceinline__ void update(const Span<WIDE> span, const senseflow_ro
     float grad[VECTOR], moment[VECTOR], square[VECTOR];
     const Field first(row, MOMENT), second(row, SQUARE);
     span.load(Field(row, GRAD), grad);
-    span.load(first, moment);
-    span.load(second, square);
+    const bool eight = row.block != 0;
+    eight ? load_eight<WIDE, MOMENT>(span, row, moment) : span.load(first, moment);
+    eight ? load_eight<WIDE, SQUARE>(span, row, square) : span.load(second, square);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) end[i] = adamw(end[i], grad[i], moment + i, square + i, s.adam);
-    span.store(first, moment, row, seed, s.step, 2);
-    span.store(second, square, row, seed, s.step, 3);
+    eight ? store_eight<WIDE, MOMENT>(span, row, moment, seed, s.step, 2)
+          : span.store(first, moment, row, seed, s.step, 2);
+    eight ? store_eight<WIDE, SQUARE>(span, row, square, seed, s.step, 3)
+          : span.store(second, square, row, seed, s.step, 3);
     span.store(theta, end, row, seed, s.step, 1);
   }
   if (ema.data && s.ema_weight != 0) move(span, ema, end, s.ema_weight, row, seed, s.step);

@@ -96,6 +96,41 @@ SENSEFLOW_FN uint16_t round_at_random(float value, uint32_t random16) {
   return (uint16_t)((size < 0x7F800000 ? up : special) | (int32_t)(bits >> 16 & 0x8000));
 }
 
+// -- moments in 8 bits ---------------------------------------------------------------------------------------------
+//
+// A code is a float of MANTISSA bits whose exponent is counted from its block's: see senseflow_kernels/_eight.py.
+
+constexpr int MOMENT_MANTISSA = 3, SQUARE_MANTISSA = 4;  // codes of exp_avg have a sign, those of the root have none
+constexpr int32_t NOT_FINITE = -128;                     // the exponent of a block that held a NaN or an infinity
+
+// exponent_of. largest: the bits of the block's largest absolute value.
+SENSEFLOW_FN int32_t exponent_of(int32_t largest, int mantissa) {
+  const int32_t exponent = (int32_t)(((uint32_t)largest + (1u << (23 - mantissa)) - 1) >> 23) - 127;
+  const int32_t finite = exponent < -110 ? -110 : exponent > 127 ? 127 : exponent;
+  return largest >= 0x7F800000 ? NOT_FINITE : finite;
+}
+
+// The bits of code 0 as if it were a number: those of code c are c << (23 - mantissa) above.
+SENSEFLOW_FN int32_t base_of(int32_t exponent) { return exponent == NOT_FINITE ? 0 : (exponent + 112) << 23; }
+
+// The absolute value of a code.
+SENSEFLOW_FN float from_eight(int32_t code, int32_t base, int mantissa) {
+  const float value = float_of((uint32_t)(base + (code << (23 - mantissa))));
+  return base == 0 ? float_of(0x7FC00000) : code == 0 ? 0.0f : value;
+}
+
+// The code of an absolute value, rounded at random. What lies below the first code goes there or to 0, and to the first
+// alone where KEEP: a root that is not 0 never becomes 0.
+template <bool KEEP>
+SENSEFLOW_FN int32_t to_eight(float value, int32_t base, int mantissa, uint32_t random16) {
+  const int cut = 23 - mantissa;
+  const int32_t most = (16 << mantissa) - 1, above = (int32_t)bits_of(value) - base, first = 1 << cut;
+  const int32_t sum = (int32_t)((uint32_t)above + (random16 << (cut - 16))) >> cut;
+  const bool up = KEEP ? value > 0 : (float)(int32_t)random16 * float_of((uint32_t)(base + first)) < value * 65536.0f;
+  const int32_t code = above < first ? (up ? 1 : 0) : sum < most ? sum : most;
+  return base == 0 ? 0 : code;
+}
+
 // -- random bits -------------------------------------------------------------------------------------------------
 
 // phi's numbers are random_bits' own; the others of the same parameter have streams of their own by the key's top bits.

@@ -15,20 +15,25 @@ extern "C" {
 #define SENSEFLOW_API
 #endif
 
-#define SENSEFLOW_ABI 1  // of the structures below; senseflow_abi() says the library's
+#define SENSEFLOW_ABI 2  // of the structures below; senseflow_abi() says the library's
 
-enum senseflow_dtype { SENSEFLOW_FP32 = 0, SENSEFLOW_BF16 = 1, SENSEFLOW_FP16 = 2 };
+// EIGHT: codes of MOMENT and SQUARE alone, whose blocks share an exponent (senseflow_kernels/_eight.py).
+enum senseflow_dtype { SENSEFLOW_FP32 = 0, SENSEFLOW_BF16 = 1, SENSEFLOW_FP16 = 2, SENSEFLOW_EIGHT = 3 };
 
-// The tensors of a row, in the order of `data`, `dtype` and `random`. LOW halves are int16 beside bf16.
-enum senseflow_field { PHI, PHI_LOW, THETA, THETA_LOW, EMA, GRAD, MOMENT, SQUARE, SENSEFLOW_FIELDS };
+// The tensors of a row, in the order of `data`, `dtype` and `random`. LOW halves are int16 beside bf16, EXPONENTs int8
+// [n / block] beside codes.
+enum senseflow_field {
+  PHI, PHI_LOW, THETA, THETA_LOW, EMA, GRAD, MOMENT, SQUARE, MOMENT_EXPONENT, SQUARE_EXPONENT, SENSEFLOW_FIELDS
+};
 
-// One parameter: 12 int64, so that a table of them is an int64 tensor [rows, 12]. An absent tensor is null.
+// One parameter: 15 int64, so that a table of them is an int64 tensor [rows, 15]. An absent tensor is null.
 typedef struct {
   void* data[SENSEFLOW_FIELDS];
   int64_t n;          // elements of each
   int64_t start;      // where in the full parameter the first of them lies, >= 0
   int64_t parameter;  // its number
   int64_t kinds;      // bits 4 f and 4 f + 1: senseflow_dtype of field f; bit 4 f + 3: it is rounded at random
+  int64_t block;      // elements of a block of codes: 64, 128 or 256, which n and start are multiples of; else 0
 } senseflow_row;
 
 // What all rows share. With grad absent from a row, theta is read alone.

@@ -84,7 +84,7 @@ INF = math.inf
 class Model(Section):
     NAME = "model"
     RANGES = {"shift": (0, 100), "side": (16, 8192), "text_length": (0, 4096)}
-    family: Literal["embedded", "sd35", "flux", "sdxl"] = doc("teacher family", "embedded")
+    family: Literal["embedded", "sd35", "flux", "sdxl", "flux2"] = doc("teacher family", "embedded")
     teacher: str = doc("diffusers folder or hub id of the teacher; empty: the embedded one", "")
     side: int = doc("side of the images, pixels", 32)
     text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)
@@ -93,6 +93,9 @@ class Model(Section):
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
     anchors: Literal["exact", "released"] = doc("FLUX only: exact shift or released integers", "exact")
+    variant: Literal["full", "lora"] = doc(
+        "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +104,24 @@ class Model(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    NAME = "lora"
+    RANGES = {"rank": (1, 4096), "alpha": (1e-3, 1e6), "guidance": (0, 100)}
+    rank: int = doc("rank r of the LoRA of student and fake, with model.variant lora", 64)
+    alpha: float = doc("its weight is alpha / rank", 64.0)
+    targets: str = doc("its Linear layers, of the blocks: all, attention, or ends of names with commas between", "all")
+    guidance: float = doc("FLUX only: guidance at which student and fake start, and at which the LoRA is called", 3.5)
+
+
+@dataclass(frozen=True)
 class Data(Section):
     NAME = "data"
     RANGES = {"batch": (1, 65536)}
     path: str = doc("image-text source; empty: the embedded emoji", "")
+    images: Literal["pictures", "teacher"] = doc(
+        "what the embedded set shows: its pictures, or the teacher's own many-step samples of their captions",
+        "pictures",
+    )
     batch: int = doc("images an iteration, over all ranks", 32)
 
 
@@ -130,12 +147,35 @@ class Train(Section):
     warmup: int = doc("linear learning-rate warm-up, iterations", 0)
     cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
-    precision: Literal["fp32"] = doc("storage of the trained weights", "fp32")
+    precision: Literal["fp32", "split", "stochastic"] = doc(
+        "storage of student and fake; split: bf16 and 16 bits beside it, so fp32; stochastic: bf16 rounded at random",
+        "fp32",
+    )  # fmt: skip
+    moments: Literal["fp32", "bf16", "8bit"] = doc("storage of Adam's moments of student and fake", "fp32")
     fake_warmup: int = doc("iterations that train the fake alone, at the start", 0)
     checkpoint_every: int = doc("iterations between checkpoints", 100)
     keep_last: int = doc("checkpoints kept", 2)
     max_nonfinite: int = doc("non-finite updates in a row that stop the run", 20)
     threads: int = doc("CPU threads; 0: torch's default", 0)
+
+
+@dataclass(frozen=True)
+class Optim(Section):
+    NAME = "optim"
+    name: Literal["senseflow", "torch", "torchao-8bit", "apex"] = doc(
+        "AdamW: senseflow: IDA and EMA in its pass, any train.precision and train.moments; torch: fused; torchao-8bit: "
+        "AdamW8bit; apex: NVIDIA's FusedAdam", "senseflow"
+    )  # fmt: skip
+    in_backward: bool = doc(
+        "step on each weight of student and fake as its gradient appears, so that these never exist together; "
+        "train.clip then goes by the last step's norm", False
+    )  # fmt: skip
+    host: bool = doc("keep moments and exact weights of student and fake in host memory, stepped on by the CPU", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.in_backward and self.host:
+            raise UserError("optim.in_backward = True: allowed is false with optim.host = True")
 
 
 @dataclass(frozen=True)
@@ -199,7 +239,10 @@ class Disc(Section):
         "d_weight": (0, INF), "taps": (-1, 39),
     }  # fmt: skip
     kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
-    backbone: str = doc("DINOv2 folder, file or hub id; empty: the embedded ViT-S", "")
+    backbone: str = doc("DINOv2 folder, file, hub id or timm name; empty: the embedded ViT-S", "")
+    text: Literal["pooled", "clip-l"] = doc(
+        "text vector D sees: the family's whole pooled one, or CLIP ViT-L/14's alone (SD 3.5, FLUX.1)", "pooled"
+    )
     weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
     omega: Literal["paper", "released-sd35", "released-sdxl", "one"] = doc("weight over t", "paper")
     omega_on_d: bool = doc("weigh D's own loss too (released), or not (paper's text)", True)
@@ -210,6 +253,9 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    skip_silent: bool = doc(
+        "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -278,8 +324,10 @@ class Config(Section):
     seed: int = doc("seed of every random number", 0)
     out: str = doc("run folder", "runs/tiny")
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
     dmd: Dmd = field(default_factory=Dmd)
     fake: Fake = field(default_factory=Fake)
     isg: Isg = field(default_factory=Isg)
@@ -295,6 +343,17 @@ class Config(Section):
         super().__post_init__()
         if not self.out:
             raise UserError("out = '': allowed is the name of a folder")
+        for name, plain in (("train.precision", "fp32"), ("train.moments", "fp32"), ("optim.in_backward", False),
+                            ("optim.host", False)):  # fmt: skip
+            section, _, leaf = name.partition(".")
+            value = getattr(getattr(self, section), leaf)
+            if self.optim.name != "senseflow" and value != plain:
+                allowed = str(plain).lower() if plain is False else plain
+                raise UserError(f"{name} = {value!r}: allowed is {allowed} with optim.name = {self.optim.name!r}")
+        if self.train.precision != "fp32" and self.model.dtype != "bf16":
+            raise UserError(
+                f"train.precision = {self.train.precision!r}: allowed is fp32 with model.dtype = {self.model.dtype!r}"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.config import Config, UserError, replace
-from senseflow.data.emoji import default_names, load_variants, pick_variants, to_float, to_uint8
+from senseflow.data.emoji import EmojiSet, default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.metrics import (
     AlignmentModel,
     ScoreNet,
@@ -41,7 +41,7 @@ from senseflow.sample import load_student, picture_grid, student_samples, teache
 
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
 PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
-STUDENT_SEED, REFERENCE_SEED, TEACHER_SEED = 1, 2, 3  # noises of the two sides are independent
+STUDENT_SEED, REFERENCE_SEED, TEACHER_SEED, DATA_SEED = 1, 2, 3, 4  # the noises of all sides are independent
 FEW_STEP_GRID = [(shift, w) for shift in (1.0, 3.0) for w in (1.0, 1.5, 2.0, 3.0, 4.0)]
 
 
@@ -155,15 +155,48 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SENSEFLOW_CACHE", Path.home() / ".cache" / "senseflow"))
 
 
+def many_step_key(teacher: Path, cfg: Config) -> dict[str, Any]:
+    """Which teacher's many-step samples, and how they are made."""
+    e = cfg.eval
+    return dict(
+        teacher_sha256=weights_sha256(teacher),
+        steps=e.teacher_steps,
+        guidance=e.teacher_guidance,
+        shift=e.teacher_shift,
+    )
+
+
+def short_name(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def teacher_pictures(cfg: Config, adapter: Any, teacher: nn.Module, folder: Path) -> EmojiSet:
+    """The teacher's own many-step samples of the embedded captions, uint8 [N, 1, 3, H, W], of a seed that no score
+    uses: the shipped ones if they are of these weights and settings, else made once, in the user's cache."""
+    from safetensors.torch import load_file, save_file
+
+    captions, key, e = default_names(), many_step_key(folder, cfg), cfg.eval
+    shipped = json.loads((SHIPPED_REFERENCE / "reference.json").read_text())
+    if all(shipped[k] == v for k, v in key.items()):
+        file = SHIPPED_REFERENCE / "samples.safetensors"
+    else:
+        file = cache_folder() / f"samples-{short_name(key)}.safetensors"
+    if not file.is_file():
+        print(f"no samples of this teacher yet: making {len(captions)} once, in {file}", flush=True)
+        cond = adapter.encode_prompts(captions)
+        made = teacher_samples(adapter, teacher, e.teacher_steps, e.teacher_guidance, e.teacher_shift, cond, DATA_SEED)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"pictures": to_uint8(made).cpu().contiguous()}, partial)
+        os.replace(partial, file)
+    return EmojiSet(load_file(file)["pictures"][:, None], captions)
+
+
 def find_reference(teacher: Path, cfg: Config) -> Path:
     """Folder of the reference of a teacher: the shipped one if it is of these weights and settings, else one in
     the user's cache, made once (minutes on a CPU)."""
-    key = dict(
-        teacher_sha256=weights_sha256(teacher), steps=cfg.eval.teacher_steps,
-        guidance=cfg.eval.teacher_guidance, shift=cfg.eval.teacher_shift, prompts=cfg.eval.prompts,
-    )  # fmt: skip
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    cached = cache_folder() / f"reference-{name}"
+    key = many_step_key(teacher, cfg) | dict(prompts=cfg.eval.prompts)
+    cached = cache_folder() / f"reference-{short_name(key)}"
     for folder in (SHIPPED_REFERENCE, cached):
         file = folder / "reference.json"
         if file.is_file():
@@ -218,8 +251,7 @@ class Evaluator:
         if rows:
             return rows
         key = [record[k] for k in ("teacher_sha256", "steps", "guidance", "shift", "prompts")]
-        name = hashlib.sha256(json.dumps([key, steps]).encode()).hexdigest()[:16]
-        file = cache_folder() / f"few-steps-{name}.json"
+        file = cache_folder() / f"few-steps-{short_name([key, steps])}.json"
         if not file.is_file():
             print(f"no scores of this teacher at {steps} steps yet: making them once, in {file}", flush=True)
             rows = few_step_scores(self.reference, self.adapter, teacher, self.cond, steps)
@@ -232,8 +264,9 @@ class Evaluator:
         pictures = student_samples(self.adapter, net, anchors, self.cond, STUDENT_SEED, sampler).cpu()
         return Look(self.reference.score(pictures, self.cond), pictures)
 
-    def table(self, net: nn.Module, anchors: list[float]) -> tuple[list[str], list[list[str]]]:
-        """(columns, rows): the real pictures, the teacher at many and at few steps, the student both ways."""
+    def table(self, net: nn.Module, anchors: list[float], renoise: Look | None = None):
+        """(columns, rows), lists of text: the real pictures, the teacher at many and at few steps, the student both
+        ways; `renoise` is what `measure` said of this network, where that has been asked already."""
         record, rows = self.reference.record, []
 
         def add(name: str, calls: str, scores: Scores) -> None:
@@ -251,7 +284,8 @@ class Evaluator:
             if best or row["guidance"] == 1:
                 add(name, str(n if row["guidance"] == 1 else 2 * n), Scores(**few))
         for sampler in ("renoise", "euler"):
-            scores = self.measure(net, anchors, sampler).scores
+            known = renoise if sampler == "renoise" else None
+            scores = (known or self.measure(net, anchors, sampler)).scores
             assert scores is not None
             add(f"student, {len(anchors)} steps, {sampler}", str(len(anchors)), scores)
         return COLUMNS, rows
@@ -278,7 +312,7 @@ class PictureEvaluator:
         """The student's pictures of the grid's prompts."""
         return Look(None, student_samples(self.adapter, net, anchors, self.cond, STUDENT_SEED, sampler, 1).cpu())
 
-    def table(self, net: nn.Module, anchors: list[float]) -> tuple[list[str], list[list[str]]]:
+    def table(self, net: nn.Module, anchors: list[float], renoise: Look | None = None):
         """No rows: nothing here is scored."""
         return COLUMNS, []
 

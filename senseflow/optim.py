@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, gradient clipping and EMA; none waits for the device."""
+"""Optimizers, learning-rate schedule, gradient clipping and EMA; none waits for the device, but for other packages'."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from senseflow.config import Config, UserError
+from senseflow_kernels import AdamW, HostAdamW
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
 
 
 def make_adamw(
@@ -22,6 +27,42 @@ def make_adamw(
     Raises torch's RuntimeError for parameters that it has no fused kernel for.
     """
     return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def make_optimizer(
+    cfg: Config, params: Sequence[Tensor], lr: float, *, heads: bool = False, phi: Any = None,
+    ema: Sequence[Tensor] | None = None, seed: int = 0,
+) -> Any:  # fmt: skip
+    """The optimizer of a network by optim.name, with train's numbers. heads: of the discriminator, small: exact fp32 on
+    the device.
+
+    phi: the optimizer of the network that follows params by IDA, ema: fp32 tensors that do; of "senseflow" alone,
+    whose step moves both. seed: of its random roundings. Raises UserError where a package does not run.
+    """
+    t, name = cfg.train, cfg.optim.name
+    numbers: dict[str, Any] = dict(lr=lr, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay)
+    if name == "torch":
+        return make_adamw(params, **numbers)
+    if name == "senseflow" and heads:
+        return AdamW(params, precision="fp32", **numbers)
+    if name == "senseflow":
+        low = phi.lows() if phi is not None and t.precision == "split" else None
+        how: dict[str, Any] = dict(precision=t.precision, moments=MOMENTS[t.moments], ema=ema, seed=seed, **numbers)
+        if cfg.optim.host:
+            return HostAdamW(params, phi=phi, **how)
+        followers = None if phi is None else [p.detach() for group in phi.param_groups for p in group["params"]]
+        return AdamW(params, phi=followers, phi_low=low, **how)
+    try:
+        if name == "apex":
+            from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+
+            return FusedAdam(params, adam_w_mode=True, **numbers)
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+
+        return AdamW8bit(params, **numbers)
+    except (ImportError, RuntimeError) as error:
+        package = "NVIDIA's apex, which is built from its repository," if name == "apex" else "torchao"
+        raise UserError(f"optim.name = {name!r}: {package} does not run here ({error})") from None
 
 
 def scheduled_lr(iteration: int, lr: float, warmup: int, total: int = 0, cooldown: float = 0.0) -> float:
@@ -46,17 +87,26 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> Tensor:
         return torch.zeros((), device=params[0].device if len(params) else None)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
     if max_norm > 0:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(grads, clip_coefficient(norm, max_norm))
     return norm
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor | float:
+    """What gradients of this norm are multiplied by for an L2 norm of at most max_norm; 1 where that is 0."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else 1.0
 
 
 def apply_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """One optimizer step, or none at all where `finite` (0-d bool, on the device) is False.
 
     A skipped step leaves weights, both moments and the step count bit for bit as they were. No host
-    sync: the fused kernel reads found_inf on the device. Raises TypeError for an optimizer without
-    such a kernel, which would ignore the flag.
+    sync: the fused kernel reads found_inf on the device; but other packages' optimizers read no flag, so
+    for these the host waits. Raises TypeError for torch's own without such a kernel.
     """
+    if type(optimizer).__module__.partition(".")[0] in ("torchao", "apex"):
+        if finite.item():
+            optimizer.step()
+        return
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError(f"{type(optimizer).__name__} is not fused: it cannot skip on the device")
     found: Any = optimizer
@@ -74,9 +124,10 @@ class Ema:
     sees the step.
     """
 
-    def __init__(self, params: Sequence[Tensor], decay: float):
+    def __init__(self, params: Sequence[Tensor], decay: float, device: str | torch.device | None = None):
+        """device: of the average, by default each parameter's own."""
         self.decay = decay
-        self.shadow = [p.detach().to(torch.float32, copy=True) for p in params]
+        self.shadow = [p.detach().to(device or p.device, torch.float32, copy=True) for p in params]
 
     @torch.no_grad()
     def update(self, params: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from senseflow.algo.discriminator import softplus_discriminator, softplus_genera
 from senseflow.algo.dmd import dmd_term
 from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, midpoint_range
 from senseflow.algo.rollout import backward_simulation
-from senseflow.config import Config
+from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, omega, prediction_to_x0
@@ -55,6 +55,7 @@ class Step:
     sigma_prev: Tensor  # fp32 [B], the next lower anchor, 0 after the last
     pred: Tensor  # [B, C, H, W] the student's prediction
     x0: Tensor  # [B, C, H, W] what it means as x0
+    silent: bool = False  # omega is 0 for every sample of the global batch: no adversarial term, as the host knows
     fake_taps: list[Tensor] | None = None  # backbone taps of x0, where the generator's step made them
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -127,6 +128,21 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     return x_tau, anchors[index], anchors[index + 1]
 
 
+def is_silent(parts: Parts, cfg: Config, iteration: int) -> bool:
+    """Whether omega(tau) is exactly 0 for every sample of the global batch, told on the host from the same draws that
+    `student_input` makes on the device. Then the adversarial terms of G and D, and all their gradients, are 0: with
+    omega = alpha^2 that is the pure-noise anchor, in 1 of 8 iterations by backward simulation alone."""
+    if cfg.disc.kind != "vfm" or not cfg.disc.skip_silent:
+        return False
+    weights = omega(torch.tensor(parts.anchors), cfg.disc.omega, parts.adapter.schedule)
+    zero = [w == 0 for w in weights.tolist()]
+    d = parts.draws
+    if not any(zero) or d.coin(iteration, cfg.rollout.backward_prob):
+        return any(zero) and zero[d.integer(iteration, len(zero))]
+    ids = torch.arange(iteration * cfg.data.batch, (iteration + 1) * cfg.data.batch)
+    return all(zero[k] for k in (d.uniform(iteration, ids, "anchor") * len(zero)).long().tolist())
+
+
 def student_forward(parts: Parts, cfg: Config, batch: Batch, iteration: int, with_grad: bool) -> Step:
     """The student at its anchor; with gradients on generator iterations alone."""
     x_tau, sigma, sigma_prev = student_input(parts, cfg, batch, iteration)
@@ -134,7 +150,7 @@ def student_forward(parts: Parts, cfg: Config, batch: Batch, iteration: int, wit
         pred = parts.adapter.predict(parts.student, x_tau, sigma, batch.cond)
         alpha = parts.adapter.schedule.alpha(sigma)
         x0 = prediction_to_x0(x_tau, pred, sigma, alpha, parts.adapter.parameterization)
-    return Step(iteration, batch, x_tau, sigma, sigma_prev, pred, x0)
+    return Step(iteration, batch, x_tau, sigma, sigma_prev, pred, x0, is_silent(parts, cfg, iteration))
 
 
 def law_to_sigma(parts: Parts, u: Tensor, dense: str, low: float, high: float, shifted: bool) -> Tensor:
@@ -173,7 +189,7 @@ def generator_losses(parts: Parts, cfg: Config, step: Step, real_features) -> Te
         isg = isg_loss(parts, cfg, step, uncond)
         loss = loss + cfg.isg.weight * isg
         step.metrics["isg"] = isg.detach()
-    if parts.disc is not None:
+    if parts.disc is not None and not step.silent:
         adv = adversarial_generator(parts, cfg, step, real_features)
         loss = loss + cfg.disc.weight * adv
         step.metrics["adv"] = adv.detach()
@@ -213,8 +229,8 @@ def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: 
 
 
 def reference_features(parts: Parts, cfg: Config, step: Step):
-    """Taps of r, the sample's own real image: once an iteration, shared by every D term. None without a VFM."""
-    if parts.disc is None or cfg.disc.kind != "vfm":
+    """Taps of r, the sample's own real image: once an iteration, shared by every D term. None where nothing asks."""
+    if parts.disc is None or cfg.disc.kind != "vfm" or (step.silent and cfg.disc.omega_on_d):
         return None
     with torch.no_grad():
         return vfm_features(parts, cfg, step.batch.pixels, step, None)
@@ -235,6 +251,18 @@ def fake_feature_logits(parts: Parts, x: Tensor, step: Step, stream: str) -> Ten
     return parts.disc(parts.adapter.features(parts.fake, x_t, sigma, step.batch.cond))
 
 
+def text_vector(adapter: Any, kind: str, cond: Condition) -> Tensor:
+    """What D knows of the prompt, [B, P]: by disc.text. Raises UserError for `clip-l` where the family's conditioning
+    holds no vector of CLIP ViT-L/14."""
+    if kind == "pooled":
+        return cond.pooled
+    if not hasattr(adapter, "clip_l"):
+        raise UserError(
+            "disc.text = 'clip-l': this family's conditioning has no CLIP ViT-L/14 vector; allowed is pooled"
+        )
+    return adapter.clip_l(cond)
+
+
 def step_weight(parts: Parts, cfg: Config, step: Step) -> Tensor:
     """omega(tau) fp32 [B] at the student's anchor."""
     return omega(step.sigma, cfg.disc.omega, parts.adapter.schedule)
@@ -250,7 +278,7 @@ def adversarial_generator(parts: Parts, cfg: Config, step: Step, real_features) 
     taps = vfm_features(parts, cfg, pixels, step, "augment.fake")
     step.fake_taps = [t.detach() for t in taps]  # D's own step looks at the same picture
     with parts.phase("D heads"):
-        logits = parts.disc(taps, step.batch.cond.pooled, real_features)
+        logits = parts.disc(taps, text_vector(parts.adapter, cfg.disc.text, step.batch.cond), real_features)
     return hinge_generator(logits, step_weight(parts, cfg, step))
 
 
@@ -266,7 +294,7 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
     with torch.no_grad():
         f_real = vfm_features(parts, cfg, step.batch.pixels, step, "augment.real")
         f_fake = step.fake_taps or vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
-    text = step.batch.cond.pooled
+    text = text_vector(parts.adapter, cfg.disc.text, step.batch.cond)
     disc: Any = parts.disc
     with parts.phase("D heads"):
         condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
@@ -313,4 +341,5 @@ __all__ = [
     "reference_features",
     "saturation",
     "student_forward",
+    "text_vector",
 ]

@@ -5,7 +5,6 @@ The run is one function, `train`, that reads from top to bottom; the algorithm's
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import sys
@@ -21,15 +20,17 @@ from senseflow import checkpoint
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
-from senseflow.config import Config, UserError, to_dict
+from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.emoji import load_variants
 from senseflow.draws import Draws
-from senseflow.evaluate import make_evaluator
+from senseflow.evaluate import Look, make_evaluator, teacher_pictures
 from senseflow.export import save_student
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
+from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.lora import is_lora, lora_pair, merged, save_lora, shared_copy, trainable
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -42,8 +43,9 @@ from senseflow.steps import (
     reference_features,
     saturation,
     student_forward,
+    text_vector,
 )
-from senseflow.updates import Updates
+from senseflow.updates import Updates, bytes_beside
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
@@ -63,7 +65,7 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
         raise UserError(
             f"disc.taps = {cfg.disc.taps!r}: this backbone has {depth} blocks, allowed is -1 to {depth - 1}"
         )
-    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), cond.pooled.shape[1]
+    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), text_vector(adapter, cfg.disc.text, cond).shape[1]
     heads = VFMDiscriminator(dims, text_dim, cmap=cfg.disc.cmap, width=cfg.disc.width, downsample=cfg.disc.downsample)
     return heads.to(device), vfm
 
@@ -72,14 +74,23 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
     if cfg.data.path:
         raise UserError(f"data.path = {cfg.data.path!r}: no image source is read yet, allowed is '' (emoji)")
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed here is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
-    student, fake = adapter.student_of(teacher), adapter.student_of(teacher)
+    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
+    if cfg.model.variant == "lora":
+        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
+    else:
+        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    images = load_variants(canvas=cfg.model.side)
+    if cfg.data.images == "teacher":
+        images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
+    else:
+        images = load_variants(canvas=cfg.model.side)
     data = EmbeddedData(images, adapter.encode_prompts(images.captions), cfg.seed, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.cond.index(torch.zeros(1, dtype=torch.long)), device)
@@ -97,13 +108,15 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     """One iteration of Algorithm 1: student forward, its step and IDA on every f-th, then fake, then D."""
     turn = iteration - cfg.train.fake_warmup
     is_gen = turn >= 0 and (turn + 1) % cfg.train.gen_every == 0
+    updates.ready("student")
     step = student_forward(parts, cfg, batch, iteration, with_grad=is_gen)
+    updates.ready("fake", "disc")
     reference = reference_features(parts, cfg, step)
     if is_gen:
         loss = generator_losses(parts, cfg, step, reference)
-        step.metrics |= updates.step(loss, iteration, "student")
-        updates.after_student(step.metrics)
+        step.metrics |= updates.step(loss, iteration, "student", lam=updates.lam(step.metrics), x0=step.x0)
         step.x0 = step.x0.detach()
+        updates.ready("fake")  # which IDA has moved
     loss = fake_loss(parts, cfg, step)
     step.metrics["fake"] = loss.detach()
     if cfg.disc.kind == "fake_features":  # DMD2: the classifier and the features it reads learn together
@@ -113,28 +126,35 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
     else:
         step.metrics |= updates.step(loss, iteration, "fake")
     if cfg.disc.kind == "vfm":
-        loss = discriminator_loss(parts, cfg, step, reference)
-        step.metrics["disc"] = loss.detach()
-        step.metrics |= updates.step(loss, iteration, "disc")
+        if step.silent and cfg.disc.omega_on_d:
+            step.metrics |= updates.coast(iteration, "disc")
+        else:
+            loss = discriminator_loss(parts, cfg, step, reference)
+            step.metrics["disc"] = loss.detach()
+            step.metrics |= updates.step(loss, iteration, "disc")
         parts.disc.update_spectral_norm()  # type: ignore[operator]
     step.metrics["saturation"] = saturation(step.x0)
     return step.metrics
 
 
-def drift(parts: Parts) -> Tensor:
-    """IDA drift: || phi - theta || / || theta ||, a device scalar."""
-    theta, phi = list(parts.student.parameters()), list(parts.fake.parameters())
-    gap = torch._foreach_norm(torch._foreach_sub([p.data for p in phi], [t.data for t in theta]))
-    size = torch._foreach_norm([t.data for t in theta])
-    return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
+def drift(updates: Updates) -> Tensor:
+    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of
+    the effective weights over what the student has learned, as A's rows are orthonormal; 0 before any update."""
+    gap, size = [], []
+    for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
+        gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
+        size.append(torch._foreach_norm([theta.float()])[0])
+    whole = torch.linalg.vector_norm(torch.stack(size))
+    return torch.linalg.vector_norm(torch.stack(gap)) / whole.clamp_min(1e-12)
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     """The network to look at and to ship: the EMA where there is one, else the student itself."""
+    updates.ready()
     if updates.ema is None:
         return parts.student
-    net = copy.deepcopy(parts.student)
-    updates.ema.copy_to(list(net.parameters()))
+    net = shared_copy(parts.student)
+    updates.ema.copy_to(trainable(net))
     return net
 
 
@@ -174,13 +194,16 @@ class Stop:
 
 def plan(cfg: Config, parts: Parts) -> None:
     """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
-    rows, total = [], 0.0
-    for name, copies in (("student", 4), ("fake", 4), ("teacher", 1), ("disc", 4), ("vfm", 1)):
+    rows, total, seen = [], 0.0, set()
+    for name in ("teacher", "student", "fake", "disc", "vfm"):
         net = getattr(parts, name)
         if net is None:
             continue
-        count = sum(p.numel() for p in net.parameters())
-        gigabytes = count * 4 * copies / 1e9
+        own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
+        seen |= {id(p) for p in own}
+        count = sum(p.numel() for p in own)
+        beside = (bytes_beside(cfg, name, p) if p.requires_grad else 0.0 for p in own)
+        gigabytes = sum(p.numel() * (p.element_size() + more) for p, more in zip(own, beside, strict=True)) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
@@ -201,10 +224,14 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
     if not found:
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
-    saved, now = state["config"], to_dict(cfg)
-    for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
+    saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
+    for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
+    for part, name in (("train", "precision"), ("train", "moments"), ("optim", "name"), ("optim", "in_backward")):
+        was, is_now = saved[part][name], now[part][name]
+        if was != is_now:
+            raise UserError(f"--resume: {part}.{name} was {was!r} in the checkpoint and is {is_now!r} now")
     updates.load(state["updates"])
     return iteration
 
@@ -240,12 +267,17 @@ def train(args: Arguments) -> int:
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
-        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
+        net = student_for_use(parts, updates)
+        if is_lora(net):
+            save_lora(net, out / "lora" / "pytorch_lora_weights.safetensors")
+            net = merged(net)
+        save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
 
-    def look(iteration: int) -> None:
+    def look(iteration: int) -> Look:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
         picture = out / "grids" / f"{iteration:06d}.png"
         log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
+        return result
 
     def drain() -> None:
         rows = ring.drain()
@@ -263,7 +295,7 @@ def train(args: Arguments) -> int:
                 metrics = iterate(cfg, parts, updates, batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
-                metrics["ida_drift"] = drift(parts)
+                metrics["ida_drift"] = drift(updates)
             ring.put(done, metrics)
             if done % cfg.log.every == 0 or done == total:
                 drain()
@@ -283,14 +315,14 @@ def train(args: Arguments) -> int:
         if args.profile:
             profiler.report()
             return 0
-        look(done)
-    final_table(log, evaluator, parts, updates, out)
+        last = look(done)
+    final_table(log, evaluator, parts, updates, out, last)
     return 0
 
 
-def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path):
+def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors)
+    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
     print_table("lower KID and FD are better", columns, rows)
     results = [dict(zip(columns, row, strict=True)) for row in rows]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

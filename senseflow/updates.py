@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,68 +12,176 @@ from torch import Tensor
 
 from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.config import Config
-from senseflow.optim import Ema, apply_if_finite, clip_grad_norm_, make_adamw, scheduled_lr
+from senseflow.models.lora import load_trained_state, trainable, trained_state
+from senseflow.optim import Ema, apply_if_finite, clip_coefficient, clip_grad_norm_, make_optimizer, scheduled_lr
 from senseflow.steps import Parts
+from senseflow_kernels import HostAdamW, join_fp32
+
+
+def _note(found: Tensor, grad: Tensor) -> None:
+    """found becomes 1 where a gradient is not finite."""
+    found.copy_(torch.maximum(found, (~torch.isfinite(grad).all()).float()))
+
+
+def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
+    """Device bytes of a weight of a network beside its own: gradient, moments, the other half of a split one."""
+    if name not in ("student", "fake", "disc"):
+        return 0.0
+    if name == "disc" or cfg.optim.name == "torch" or cfg.optim.name == "apex":
+        return 3.0 * p.element_size()
+    if cfg.optim.name == "torchao-8bit":
+        return p.element_size() + 2.03  # fp32 scales of blocks of 256
+    gradient = 0 if cfg.optim.in_backward else p.element_size()
+    if cfg.optim.host:
+        return gradient
+    moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 2 / 256}[cfg.train.moments]
+    return gradient + moments + 2 * (cfg.train.precision == "split" and p.dtype == torch.bfloat16)
 
 
 class Updates:
-    """The three optimizers, the EMA and IDA's lambda: everything that changes weights."""
+    """The three optimizers, the EMA and IDA's lambda: everything that changes weights.
+
+    With optim.name "senseflow" the student's step moves the fake by IDA and the EMA in its own pass (and leaves them
+    where it is skipped); with the others two sweeps follow it.
+    """
 
     def __init__(self, cfg: Config, parts: Parts):
         t = cfg.train
         self.cfg, self.parts = cfg, parts
         self.params = {
-            "student": list(parts.student.parameters()),
-            "fake": list(parts.fake.parameters()),
+            "student": trainable(parts.student),
+            "fake": trainable(parts.fake),
         }
         if parts.disc is not None:
             self.params["disc"] = list(parts.disc.parameters())
         self.lr = {"student": t.lr, "fake": t.fake_lr, "disc": t.disc_lr}
-        self.optimizers = {
-            name: make_adamw(params, self.lr[name], (t.beta1, t.beta2), t.eps, t.weight_decay)
-            for name, params in self.params.items()
-        }
-        self.ema = Ema(self.params["student"], cfg.ema.decay) if cfg.ema.decay > 0 else None
         self.adaptive = AdaptiveLambda(cfg.ida.lam) if cfg.ida.mode == "adaptive" else None
+        self.ema = None
+        if cfg.ema.decay > 0:
+            self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
+        self.one_pass = cfg.optim.name == "senseflow"
+        self.optimizers: dict[str, Any] = {}
+        for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
+            more: dict[str, Any] = dict(heads=name == "disc", seed=3 * cfg.seed + (name == "fake"))
+            if self.one_pass and name == "student":
+                more["phi"] = self.optimizers["fake"] if self.has_ida else None
+                more["ema"] = None if self.ema is None else self.ema.shadow
+            if name in self.params:
+                self.optimizers[name] = make_optimizer(cfg, self.params[name], self.lr[name], **more)
+
+    @property
+    def has_ida(self) -> bool:
+        return self.adaptive is not None or self.cfg.ida.lam < 1
 
     def scheduled(self, name: str, iteration: int) -> float:
         """The rate of a network; the cooldown is the student's alone, so that the fake catches up with it."""
         t = self.cfg.train
         return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown if name == "student" else 0.0)
 
-    def step(self, loss: Tensor, iteration: int, *names: str) -> dict[str, Tensor]:
+    def lam(self, metrics: dict[str, Tensor]) -> float | Tensor:
+        """IDA's lam of this generator iteration, from its fake_real_gap where it adapts. Once for each."""
+        return self.cfg.ida.lam if self.adaptive is None else self.adaptive.update(metrics["fake_real_gap"])
+
+    def step(
+        self, loss: Tensor, iteration: int, *names: str, lam: float | Tensor = 1.0, x0: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One backward into the named networks, then clip and Adam step of each; a network is skipped where the loss or
-        its gradient norm is not finite. Nothing else gets a gradient: requires_grad is never toggled."""
-        with self.parts.phase("backward"):
-            loss.backward(inputs=[p for name in names for p in self.params[name]])
+        its gradient norm is not finite. Nothing else gets a gradient: requires_grad is never toggled.
+
+        lam: of IDA, right after the student's step (paper.md 1.3), then the EMA. x0: what the student's gradients come
+        through; with optim.in_backward, which steps on a weight before all gradients are known, everything is skipped
+        where the loss or dL/dx0 is not finite, and then each tensor for itself.
+        """
+        inputs = [p for name in names for p in self.params[name]]
+        for name in names:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = self.scheduled(name, iteration)
+        inside = [name for name in names if self.cfg.optim.in_backward and name != "disc"]
+        if not inside:
+            with self.parts.phase("backward"):
+                loss.backward(inputs=inputs)
+            return self._apply(loss.detach(), iteration, *names, lam=lam)
+        found, seen = (~torch.isfinite(loss.detach())).float(), {}
+        with self.parts.phase("backward + AdamW"), ExitStack() as stack:
+            if x0 is not None and x0.requires_grad:
+                stack.callback(x0.register_hook(partial(_note, found)).remove)
+            for name in inside:
+                how = dict(found_inf=found, clip=self.cfg.train.clip, **self._followers(name, lam))
+                seen[name] = stack.enter_context(self.optimizers[name].in_backward(**how))
+            loss.backward(inputs=inputs)
         metrics = {}
-        with self.parts.phase("clip + AdamW"):
-            for name in names:
-                norm = clip_grad_norm_(self.params[name], self.cfg.train.clip)
-                finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-                optimizer = self.optimizers[name]
-                for group in optimizer.param_groups:
-                    group["lr"] = self.scheduled(name, iteration)
-                apply_if_finite(optimizer, finite)
-                optimizer.zero_grad(set_to_none=True)
-                metrics |= {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}
+        for name, one in seen.items():
+            metrics |= {f"{name}_grad_norm": one.norm, f"{name}_skipped": (one.skipped > 0).float()}
+            metrics[f"{name}_tensors_skipped"] = one.skipped
+        rest = [name for name in names if name not in inside]
+        return metrics | self._apply(loss.detach(), iteration, *rest)
+
+    def coast(self, iteration: int, name: str) -> dict[str, Tensor]:
+        """The step of a network whose loss is 0 whatever its weights: moments decay, and move the weights all the same,
+        as a backward of zeros would have it."""
+        for p in self.params[name]:
+            p.grad = torch.zeros_like(p)
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = self.scheduled(name, iteration)
+        return self._apply(torch.zeros((), device=self.params[name][0].device), iteration, name)
+
+    def _followers(self, name: str, lam: float | Tensor) -> dict[str, float | Tensor]:
+        """What of IDA and EMA a step of one pass does."""
+        if name != "student":
+            return {}
+        return dict(lam=lam, ema_decay=1.0 if self.ema is None else self.ema.decay)
+
+    def _apply(self, loss: Tensor, iteration: int, *names: str, lam: float | Tensor = 1.0) -> dict[str, Tensor]:
+        metrics = {}
+        for name in names:
+            optimizer, params, limit = self.optimizers[name], self.params[name], self.cfg.train.clip
+            with self.parts.phase("clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"):
+                norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit)
+                finite = torch.isfinite(loss) & torch.isfinite(norm)
+                if self.one_pass:
+                    how = dict(coefficient=clip_coefficient(norm, limit), **self._followers(name, lam))
+                    found = (~finite).float()
+                    if isinstance(optimizer, HostAdamW):
+                        optimizer.step(found_inf=found, **how)
+                    else:
+                        optimizer.found_inf = found
+                        optimizer.step(**how)
+                else:
+                    apply_if_finite(optimizer, finite)
+                for p in params:
+                    p.grad = None
+            metrics |= {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}
+            if name == "student" and not self.one_pass:
+                self._follow(lam)
         return metrics
 
-    def after_student(self, metrics: dict[str, Tensor]) -> None:
+    def _follow(self, lam: float | Tensor) -> None:
         """IDA right after the generator's step (paper.md 1.3), then the EMA of the student."""
         theta, phi = self.params["student"], self.params["fake"]
-        lam: float | Tensor = self.cfg.ida.lam
-        if self.adaptive is not None:
-            lam = self.adaptive.update(metrics["fake_real_gap"])
         with self.parts.phase("IDA + EMA"):
-            if self.adaptive is not None or self.cfg.ida.lam < 1:
+            if self.has_ida:
                 ida_update(phi, theta, lam)
             if self.ema is not None:
                 self.ema.update(theta)
 
+    def ready(self, *names: str) -> None:
+        """Before these networks (default: all) are read or written: with optim.host, waits for their last update."""
+        for name, optimizer in self.optimizers.items():
+            if isinstance(optimizer, HostAdamW) and (not names or name in names):
+                optimizer.wait()
+
+    def exact(self, name: str) -> Iterator[Tensor]:
+        """The weights of a network as they are kept, one after another: bf16 and its other half joined to fp32."""
+        self.ready()
+        optimizer = self.optimizers[name]
+        lows = optimizer.lows() if self.cfg.train.precision == "split" else [None] * len(self.params[name])
+        for p, low in zip(self.params[name], lows, strict=True):
+            yield p.detach() if low is None else join_fp32(p.detach(), low.to(p.device))
+
     def state(self) -> dict[str, Any]:
-        named: dict[str, Any] = {"student": self.parts.student.state_dict()}
-        named["fake"] = self.parts.fake.state_dict()
+        self.ready()
+        named: dict[str, Any] = {"student": trained_state(self.parts.student)}
+        named["fake"] = trained_state(self.parts.fake)
         if self.parts.disc is not None:
             named["disc"] = self.parts.disc.state_dict()
         named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
@@ -81,8 +192,9 @@ class Updates:
         return named
 
     def load(self, state: dict[str, Any]) -> None:
-        self.parts.student.load_state_dict(state["student"])
-        self.parts.fake.load_state_dict(state["fake"])
+        self.ready()
+        load_trained_state(self.parts.student, state["student"])
+        load_trained_state(self.parts.fake, state["fake"])
         if self.parts.disc is not None:
             self.parts.disc.load_state_dict(state["disc"])
         for name, optimizer in self.optimizers.items():

@@ -22,6 +22,7 @@ WRITE = {"sd35-medium": lambda folder: write_sd3(folder, medium=True), "flux-dev
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.gen_every=2", "log.every=1",
     "log.tensorboard=false", "log.progress=false", "eval.grid=2", "eval.teacher_steps=1", "eval.every=100",
+    "train.precision=fp32",
     "disc.kind=fake_features", "train.lr=1e-4", "train.fake_lr=1e-4", "ema.decay=0.5", "train.iterations=2",
 )]  # fmt: skip
 

@@ -3,10 +3,15 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from senseflow.checkpoint import load_latest
+from senseflow.data.batches import Batch
+from senseflow.draws import Draws
+from senseflow.flow import FlowSchedule
 from senseflow.train import iterate, main
 
 SMALL = [
@@ -80,9 +85,40 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
+def leaves(state, name=""):
+    """(path, tensor) of all tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, f"{name}/{key}")
+
+
 def same(a: Path, b: Path) -> bool:
     x, y = weights(a), weights(b)
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_the_teachers_own_samples_as_images(teacher, tmp_path, capsys, monkeypatch):
+    """Pixels of a batch are 8-bit samples of the teacher at a seed of their own; made once, in the cache."""
+    from senseflow.cli import parse
+    from senseflow.data.emoji import to_float, to_uint8
+    from senseflow.evaluate import DATA_SEED, REFERENCE_SEED, STUDENT_SEED, TEACHER_SEED
+    from senseflow.sample import teacher_samples
+    from senseflow.train import build
+
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(tmp_path))
+    flags = ["--teacher", str(teacher), *SMALL, "--disc.kind", "none", "--data.images", "teacher"]
+    build(parse(flags, "").config, torch.device("cpu"))
+    assert "making 311 once" in capsys.readouterr().out
+    parts, data = build(parse(flags, "").config, torch.device("cpu"))
+    assert "making" not in capsys.readouterr().out
+    batch = data.batch(0, 8)
+    truth = to_uint8(teacher_samples(parts.adapter, parts.teacher, 1, 1.5, 1.0, data.cond, DATA_SEED))
+    own = [int((truth == to_uint8(p)).flatten(1).all(1).nonzero()[0]) for p in batch.pixels]
+    assert torch.equal(batch.cond.pooled, data.cond.pooled[own])
+    assert torch.equal(to_float(truth[own]), batch.pixels)
+    assert len({DATA_SEED, REFERENCE_SEED, STUDENT_SEED, TEACHER_SEED}) == 4
 
 
 def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, tmp_path, teacher, monkeypatch):
@@ -116,6 +152,51 @@ def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, 
 
     assert sample(["--student", str(a), "--prompts", "red apple", "cat", "--sampler", "euler"]) == 0
     assert len(list((a / "samples").glob("*.png"))) == 3
+
+
+def test_where_omega_is_zero_nothing_is_lost_by_leaving_the_discriminator_out(run, tmp_path):
+    """Same weights, fake, heads and moments after 8 iterations of which some, generator iterations too, are silent."""
+    flags = ["--seed", "3", "--rollout.backward_prob", "1", "--train.checkpoint_every", "8"]
+    assert run(tmp_path / "on", *flags) == 0
+    assert run(tmp_path / "off", *flags, "--disc.skip_silent", "false") == 0
+    on, off = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("on", "off")
+    )
+    steps = [row for row in on if "fake" in row]
+    silent = [row["iteration"] for row in steps if "disc" not in row]
+    assert silent and any(i % 2 == 0 for i in silent) and any(i % 2 for i in silent) and len(silent) < 8
+    assert all("disc" in row for row in off if "fake" in row)
+    states = [load_latest(tmp_path / name / "checkpoints")[1]["updates"] for name in ("on", "off")]
+    flat = [dict(leaves(state)) for state in states]
+    assert flat[0].keys() == flat[1].keys() and len(flat[0]) > 100
+    assert [k for k in flat[0] if not torch.equal(flat[0][k], flat[1][k])] == []
+
+
+def test_silence_is_of_the_whole_batch_and_of_the_paper_law_alone():
+    from dataclasses import replace
+
+    from senseflow.presets import tiny
+    from senseflow.steps import Parts, is_silent, student_input
+
+    cfg = replace(tiny(), data=replace(tiny().data, batch=2), rollout=replace(tiny().rollout, backward_prob=0.5))
+    adapter = SimpleNamespace(schedule=FlowSchedule(3.0), parameterization="flow", predict=lambda net, x, *rest: x)
+    parts = Parts(adapter, None, None, None, None, None, FlowSchedule(3.0).anchors(4), Draws(0))
+    found = {True: 0, False: 0}
+    for iteration in range(200):
+        ids = torch.arange(2) + 2 * iteration
+        batch = Batch(torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), None, ids)
+        _, sigma, _ = student_input(parts, cfg, batch, iteration)
+        assert is_silent(parts, cfg, iteration) == bool((sigma == 1).all())
+        found[is_silent(parts, cfg, iteration)] += 1
+        for disc in (
+            dict(omega="released-sd35"),
+            dict(omega="one"),
+            dict(kind="fake_features"),
+            dict(skip_silent=False),
+        ):
+            assert not is_silent(parts, replace(cfg, disc=replace(cfg.disc, **disc)), iteration)
+    assert found[True] > 15 and found[False] > 100
 
 
 @pytest.mark.parametrize(
@@ -199,6 +280,7 @@ def test_bad_flags_are_one_line(capsys):
     assert "vfm" in error(capsys, ["--disc.kind", "foo"])
     assert "tiny" in error(capsys, ["tinny"])
     assert "sd35" in error(capsys, ["sd35-large"])
+    assert "'pictures'" in error(capsys, ["sdxl", "--teacher", "none", "--data.images", "teacher"])
 
 
 def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache):

@@ -14,6 +14,7 @@ from senseflow_kernels.attention import (
 )
 from senseflow_kernels.buckets import Buckets
 from senseflow_kernels.hinge import HingeD, hinge_discriminator, hinge_generator
+from senseflow_kernels.host import HostAdamW
 from senseflow_kernels.lerp import Lerp, lerp_
 from senseflow_kernels.mmdit import fuse_mmdit, unfuse_mmdit
 from senseflow_kernels.modulate import (
@@ -31,6 +32,7 @@ __all__ = [
     "Buckets",
     "DMDLoss",
     "HingeD",
+    "HostAdamW",
     "Lerp",
     "ScoreGradient",
     "Unavailable",

@@ -18,9 +18,11 @@ from torch import Tensor
 from senseflow_kernels import _launch
 from senseflow_kernels._launch import INTERPRET, launches, log
 
-ABI = 1
-FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v")  # senseflow_field
+ABI = 2
+# senseflow_field
+FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v", "m_exponent", "v_exponent")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # senseflow_dtype
+EIGHT = {"m": 3, "v": 3}  # SENSEFLOW_EIGHT, of a uint8 moment
 MODES = ("fp32", "nearest", "split", "stochastic")
 CHUNK = 8192  # SENSEFLOW_CUDA_CHUNK
 # Random bits of one parameter: phi's are random_bits' own, the others' those of another key.
@@ -83,7 +85,7 @@ def _cuda() -> tuple[Any, str | None]:
     if library is not None:
         pointer = ctypes.c_void_p
         library.senseflow_update_cuda.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
-        log.info("csrc runs on CUDA tensors, as SENSEFLOW_KERNELS=csrc says")
+        log.info("csrc runs on CUDA tensors")
     return library, reason
 
 
@@ -98,21 +100,22 @@ def _threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
-def reason_against(device: torch.device | str = "cpu") -> str | None:
-    """Why csrc does not run on tensors of the device, in words; None where it does. Loads the library."""
+def reason_against(device: torch.device | str = "cpu", alone: bool = False) -> str | None:
+    """Why csrc does not run on tensors of the device, in words; None where it does. Loads the library. alone: for what
+    has no other kernel, so that CUDA tensors need no SENSEFLOW_KERNELS=csrc."""
     kind = torch.device(device).type
     if _launch._torch_only:
         return "the torch path was asked for"
     if kind == "cpu":
         return "Triton's interpreter runs" if INTERPRET else _cpu()[1]
     if kind == "cuda":
-        return _cuda()[1] if _launch.PREFER_CSRC else "SENSEFLOW_KERNELS=csrc was not asked for"
+        return _cuda()[1] if alone or _launch.PREFER_CSRC else "SENSEFLOW_KERNELS=csrc was not asked for"
     return f"csrc has nothing for {kind} tensors"
 
 
-def takes(*tensors: Tensor) -> bool:
+def takes(*tensors: Tensor, alone: bool = False) -> bool:
     """Whether csrc does an update of these: all on one device where it runs, in dtypes that it has."""
-    return all(t.dtype in KINDS for t in tensors) and reason_against(tensors[0].device) is None
+    return all(t.dtype in KINDS for t in tensors) and reason_against(tensors[0].device, alone) is None
 
 
 def load_torch_ops() -> Any:
@@ -126,12 +129,13 @@ def load_torch_ops() -> Any:
 
 def rows_of(
     tensors: Mapping[str, Sequence[Tensor]], random: Sequence[str] = (), parameter: Sequence[int] | None = None,
-    start: Sequence[int] | None = None,
+    start: Sequence[int] | None = None, blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The table of an update: int64 [tensors, 12] on the CPU, senseflow_row each.
+    """The table of an update: int64 [tensors, 15] on the CPU, senseflow_row each.
 
     tensors: lists by name of FIELDS, each as long as theta's, or empty; all contiguous and on one device; they must
     outlive the table. random: names whose bf16 tensors are rounded at random. parameter, start: of the random numbers.
+    blocks: of uint8 moments.
     Raises ValueError where a tensor is to be written twice.
     """
     theta = tensors["theta"]
@@ -142,13 +146,23 @@ def rows_of(
             if len(tensors.get(name, ())):
                 other = tensors[name][i]
                 row[f] = other.data_ptr()
-                kinds |= (KINDS.get(other.dtype, 0) | 8 * (name in random and other.dtype == torch.bfloat16)) << 4 * f
-        rows.append([*row, t.numel(), start[i] if start else 0, parameter[i] if parameter else i, kinds])
+                kind = EIGHT.get(name, 0) if other.dtype == torch.uint8 else KINDS.get(other.dtype, 0)
+                kinds |= (kind | 8 * (name in random and other.dtype == torch.bfloat16)) << 4 * f
+        rows.append(
+            [
+                *row,
+                t.numel(),
+                start[i] if start else 0,
+                parameter[i] if parameter else i,
+                kinds,
+                blocks[i] if blocks else 0,
+            ]
+        )
     for name, field in (("phi", 0), ("theta", 2)) if len(tensors.get("grad", ())) else (("phi", 0),):
         written = [row[field] for row in rows if row[field] and row[len(FIELDS)]]
         if len(set(written)) < len(written):
             raise ValueError(f"a tensor stands in {name} twice (tied weights?): two threads would race for it")
-    return torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS) + 4)
+    return torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS) + 5)
 
 
 def update_cpu(

@@ -1,154 +1,36 @@
 """AdamW with IDA's phi and the EMA in the same pass: theta, its gradient and moments, phi and EMA are touched once.
 
 The law is torch.optim.AdamW's in fp32, then phi <- lam phi + (1 - lam) theta (paper.md 1.3) and the same for the EMA,
-both towards theta as it is kept. CPU tensors run csrc's C++ where it was built, CUDA tensors csrc's one launch where
-SENSEFLOW_KERNELS=csrc asks for it, everything else the same roundings in torch, tensor by tensor.
+both towards theta as it is kept. CPU and CUDA tensors run csrc's C++ and its one launch where these were built,
+everything else the same roundings in torch, tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from senseflow_kernels import _ext
-from senseflow_kernels._bf16 import join_fp32, random_bits, round_stochastic, split_fp32
+from senseflow_kernels import _eight, _ext
+from senseflow_kernels._adamw import Part, Plan, Scalars, adamw_reference, launch
+from senseflow_kernels._in_backward import InBackward
 from senseflow_kernels._launch import fused
 from senseflow_kernels._table import Group, local, paired, start_of
-from senseflow_kernels.buckets import is_dense
+from senseflow_kernels.buckets import is_dense, is_dtensor
 from senseflow_kernels.lerp import MODES, lerp_reference
 
-NO_KERNEL = "it has no Triton kernel (SENSEFLOW_KERNELS=csrc runs csrc's CUDA)"
+NO_KERNEL = "it has no Triton kernel, and csrc's CUDA was not built (install with nvcc)"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MOMENTS = (torch.float32, torch.bfloat16, "8bit")
+# Of a state: what torch.optim.AdamW calls them, and what a launch does.
+NAMES = {"exp_avg": "m", "exp_avg_sq": "v"}
 # What torch.optim.AdamW keeps in a param group beside its numbers, so that state dicts go both ways.
 TORCH_GROUP = dict(
     amsgrad=False, foreach=None, maximize=False, capturable=False, differentiable=False, fused=True,
     decoupled_weight_decay=True,
 )  # fmt: skip
-
-
-class Part(NamedTuple):
-    """Tensors that one launch takes: flat, of one device and step, all lists as long as theta's or empty."""
-
-    lists: dict[str, list[Tensor]]  # by the names of _ext.FIELDS, and theta_low
-    ids: list[int]
-    starts: list[int]
-    step: Tensor
-
-
-class Scalars(NamedTuple):
-    """0-d, of one update. weights: 1 - lam and 1 - decay. grad_scale multiplies the gradients."""
-
-    lr: float | Tensor
-    lam: float | Tensor
-    ema_decay: float | Tensor
-    grad_scale: float | Tensor
-    found_inf: Tensor | None
-
-
-# -- torch reference -----------------------------------------------------------------------------------------------
-
-
-def adam_scalars(group: dict[str, Any], lr: float | Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(decay of theta, step size, correction of the root), fp32: in fp64 first, as torch.optim.AdamW has them."""
-    (beta1, beta2), step = group["betas"], step.double()
-    lr = torch.as_tensor(lr, dtype=torch.float64, device=step.device)
-    decay, size = 1 - lr * group["weight_decay"], -(lr / (1 - beta1**step))
-    return decay.float(), size.float(), (1 - beta2**step).sqrt().float()
-
-
-def adamw_reference(part: Part, group: dict[str, Any], mode: str, seed: int, s: Scalars) -> None:
-    """One update in torch. part.step is this update's number, from 1 on; nothing changes where found_inf is not 0."""
-    x, (beta1, beta2) = part.lists, group["betas"]
-    decay, size, correction = adam_scalars(group, s.lr, part.step)
-    device = part.step.device
-
-    def number(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=device)
-
-    weights = dict(phi=(1 - number(s.lam)).float(), ema=(1 - number(s.ema_decay)).float())
-    scale = number(s.grad_scale).float()
-    for i in range(len(x["theta"])):
-
-        def read(name: str, i: int = i) -> Tensor:
-            low = x.get(f"{name}_low")
-            return join_fp32(x[name][i], low[i]) if low else x[name][i].float()
-
-        def keep(name: str, value: Tensor, i: int = i) -> None:
-            kept, low = x[name][i], x.get(f"{name}_low")
-            if s.found_inf is not None:
-                value = torch.where(s.found_inf != 0, read(name), value)
-            if low:
-                high, rest = split_fp32(value)
-                kept.copy_(high)
-                low[i].copy_(rest)
-            elif mode == "stochastic" and kept.dtype == torch.bfloat16:
-                stream = (seed ^ _ext.STREAMS[name] << 62) % 2**64
-                bits = random_bits(len(kept), part.starts[i], part.ids[i], stream, part.step.long())
-                kept.copy_(round_stochastic(value, bits))
-            else:
-                kept.copy_(value)
-
-        grad = x["grad"][i].float() * scale
-        m = torch.lerp(read("m"), grad, 1 - beta1)
-        v = (read("v") * beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = v.double().sqrt().float() / correction + group["eps"]  # torch's fp32 root may be an ulp off on a CPU
-        theta = read("theta") * decay + size * m / root
-        for name, value in (("m", m), ("v", v), ("theta", theta)):
-            keep(name, value)
-        for name, weight in weights.items():
-            if x[name] and not (weight.device.type == "cpu" and weight == 0):
-                value = read(name)
-                keep(name, torch.where(weight == 0, value, torch.lerp(value, read("theta"), weight)))
-
-
-# -- launches ------------------------------------------------------------------------------------------------------
-
-
-class Plan:
-    """csrc's table of one part; made again where an address other than a gradient's has changed."""
-
-    def __init__(self) -> None:
-        self.addresses: dict[str, list[int]] = {}
-        self.rows: Any = None
-        self.programs: Any = None
-
-    def at(self, part: Part, random: bool) -> Plan:
-        addresses = {name: [t.data_ptr() for t in tensors] for name, tensors in part.lists.items()}
-        if addresses != self.addresses:
-            rows = _ext.rows_of(part.lists, tuple(_ext.STREAMS) if random else (), part.ids, part.starts)
-            device = part.lists["theta"][0].device
-            self.programs = _ext.map_of(rows).to(device) if device.type != "cpu" else None
-            self.rows, self.addresses = rows.to(device), addresses
-        return self
-
-
-def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else float(value)
-
-
-def _csrc(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars) -> None:
-    (beta1, beta2), step = group["betas"], part.step
-    same: dict[str, Any] = dict(
-        op="adamw", beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], seed=seed
-    )
-    if plan.rows.is_cuda:
-        scalars = dict(lr=s.lr, lam=s.lam, ema_decay=s.ema_decay, grad_scale=s.grad_scale, found_inf=s.found_inf)
-        tensors: dict[str, Tensor | None] = {
-            name: None if value is None else torch.as_tensor(value, dtype=torch.float32, device=step.device)
-            for name, value in scalars.items()
-        }
-        _ext.update_cuda(plan.rows, plan.programs, scalars=tensors | dict(step=step.long()), **same)
-    elif s.found_inf is None or not s.found_inf.item():
-        weights = dict(phi_weight=1 - _number(s.lam), ema_weight=1 - _number(s.ema_decay))
-        _ext.update_cpu(
-            plan.rows, lr=_number(s.lr), grad_scale=_number(s.grad_scale), step=int(step), **weights, **same
-        )
-
-
-# -- public --------------------------------------------------------------------------------------------------------
 
 
 class AdamW(torch.optim.Optimizer):
@@ -163,12 +45,15 @@ class AdamW(torch.optim.Optimizer):
         split       bf16 and an int16 `low` in the state: the fp32 run bit for bit (phi_low: phi's, as its own
                     optimizer's `lows()`)
 
-    moments: dtype of exp_avg and exp_avg_sq, fp32 or bf16. phi, ema: tensors matched with the parameters by position,
-    ema in fp32. seed: of the random roundings.
+    moments: dtype of exp_avg and exp_avg_sq, fp32 or bf16, or "8bit": 8-bit floats that share an exponent in blocks of
+    64 to 256, rounded at random (_eight.py says how, and which small parameters keep fp32); a block lies within an
+    index of dim 0, so no bit depends on how tensors are sharded. phi, ema: tensors matched with the parameters by
+    position, ema in fp32. seed: of the random roundings.
 
     The state dict is torch.optim.AdamW's (with `low` beside it where there is one): a checkpoint of either loads into
-    the other. `found_inf` and `grad_scale` are torch.amp.GradScaler's protocol; a step with found_inf leaves
-    everything bit for bit, the count too. Raises ValueError for what it cannot keep exactly.
+    the other; 8-bit moments as they are, or in fp32 by `torch_state_dict`. `found_inf` and `grad_scale` are
+    torch.amp.GradScaler's protocol; a step with found_inf leaves everything bit for bit, the count too. Raises
+    ValueError for what it cannot keep exactly.
     """
 
     _step_supports_amp_scaling = True
@@ -176,13 +61,13 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, precision: str = "nearest",
-        moments: torch.dtype = torch.float32, phi: Sequence[Tensor] | None = None,
-        phi_low: Sequence[Tensor] | None = None, ema: Sequence[Tensor] | None = None, seed: int = 0,
+        moments: torch.dtype | str = torch.float32, phi: Sequence[Tensor] | None = None,
+        phi_low: Sequence[Tensor | None] | None = None, ema: Sequence[Tensor] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         if precision not in MODES:
             raise ValueError(f"precision must be one of {MODES}, got {precision!r}")
-        if moments not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"moments are kept in fp32 or bf16, not {moments}")
+        if moments not in MOMENTS:
+            raise ValueError(f"moments are kept in fp32 or bf16, or in '8bit', not {moments}")
         for name, value, end in (("lr", lr, None), ("eps", eps, None), ("weight_decay", weight_decay, None),
                                  ("beta1", betas[0], 1), ("beta2", betas[1], 1)):  # fmt: skip
             if not isinstance(value, Tensor) and not (value >= 0 and (end is None or value < end)):
@@ -219,16 +104,22 @@ class AdamW(torch.optim.Optimizer):
             half = self.precision == "split" and others["phi"].dtype == torch.bfloat16
             if half and (others.get("phi_low") is None or others["phi_low"].dtype != torch.int16):
                 raise ValueError(f"parameter {i}: a bf16 phi has an int16 phi_low in precision 'split'")
-        if self.precision == "stochastic" and (not t.is_contiguous() or start_of(p) is None):
-            raise ValueError(f"parameter {i}: stochastic rounding needs a contiguous one, sharded on dim 0 alone")
+        what = "stochastic rounding" if self.precision == "stochastic" else ""
+        what = what or ("8-bit moments" if self.moments == "8bit" and _eight.block_of(p.shape) else "")
+        if what and (not t.is_contiguous() or start_of(p) is None):
+            raise ValueError(f"parameter {i}: {what}: needs a contiguous one, sharded on dim 0 alone")
 
     def _create(self, p: Tensor, steps: dict[torch.device, Tensor]) -> None:
         """The whole state at once: what does not fit fails before the first step."""
         if p.device not in steps:
             steps[p.device] = torch.zeros((), device=local(p).device)  # shared until gradients are missing
         state = dict(step=steps[p.device])
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(p, dtype=self.moments, requires_grad=False)
+        block = _eight.block_of(p.shape) if self.moments == "8bit" else 0
+        dtype = torch.uint8 if block else torch.float32 if isinstance(self.moments, str) else self.moments
+        for name in NAMES:
+            state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            if block:
+                state[f"{name}_exponent"] = _exponents(p, block)
         if self.precision == "split" and p.dtype == torch.bfloat16:
             state["low"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
         self.state[p] = state
@@ -238,9 +129,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("the parameters of this optimizer are given once, when it is built")
         super().add_param_group(param_group)
 
-    def lows(self) -> list[Tensor]:
-        """The int16 halves of all parameters in their order: phi_low of an optimizer whose phi these are."""
-        return [self.state[p]["low"] for group in self.param_groups for p in group["params"]]
+    def lows(self) -> list[Tensor | None]:
+        """The int16 halves of all parameters in their order, None of an exact one: phi_low of an optimizer whose phi
+        these are."""
+        return [self.state[p].get("low") for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -270,6 +162,21 @@ class AdamW(torch.optim.Optimizer):
             for key, part in self._parts(some).items():
                 self._update(key, part, group, s)
         return loss
+
+    def in_backward(
+        self, *, lam: float | Tensor = 1.0, ema_decay: float | Tensor = 1.0, clip: float = 0.0,
+        found_inf: Tensor | None = None,
+    ) -> InBackward:  # fmt: skip
+        """A context around one backward that updates each parameter as its gradient appears, and frees the gradient:
+        they never exist together. lam, ema_decay: as step's. See InBackward for clip and found_inf."""
+        return InBackward(self, lam, ema_decay, clip, found_inf)
+
+    def _alone(self, i: int, p: Tensor, group: dict[str, Any], s: Scalars) -> None:
+        """The update of one parameter that has its gradient, with a count of its own."""
+        step = self.state[p]["step"].clone()
+        self.state[p]["step"] = step.add_((s.found_inf == 0).to(step.device, step.dtype).reshape(()))
+        for key, part in self._parts([(i, p)]).items():
+            self._update(key, part, group, s)
 
     def _count(self, some: list[tuple[int, Tensor]], found: Tensor | None) -> None:
         """Advances each count once. Parameters share one as long as they get their gradients together."""
@@ -301,18 +208,22 @@ class AdamW(torch.optim.Optimizer):
                 grad = local(p.grad.detach())
                 if grad.stride() != theta.stride():
                     grad = torch.empty_like(theta, dtype=grad.dtype).copy_(grad)
-                mine |= dict(grad=grad, m=local(state["exp_avg"]), v=local(state["exp_avg_sq"]))
+                mine["grad"] = grad
+                for name, short in NAMES.items():
+                    mine[short] = local(state[name])
+                    mine[f"{short}_exponent"] = local(state.get(f"{name}_exponent"))
             kinds = tuple((name, t.dtype) for name, t in mine.items() if t is not None)
+            block = _eight.block_of(p.shape) if mine.get("m_exponent") is not None else 0
             key = (id(state["step"]), theta.device, kinds)
             if key not in parts:
-                names = (*_ext.FIELDS, "theta_low")
-                parts[key] = Part({name: [] for name in dict.fromkeys(names)}, [], [], state["step"])
+                parts[key] = Part({name: [] for name in _ext.FIELDS}, [], [], [], state["step"])
             part = parts[key]
             for name, t in mine.items():
                 if t is not None:
                     part.lists[name].append(t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,)))
             part.ids.append(i)
-            part.starts.append((start_of(p) or 0) if self.precision == "stochastic" else 0)
+            part.blocks.append(block)
+            part.starts.append((start_of(p) or 0) if block or self.precision == "stochastic" else 0)
         return parts
 
     def _update(self, key: tuple, part: Part, group: dict[str, Any], s: Scalars) -> None:
@@ -320,9 +231,9 @@ class AdamW(torch.optim.Optimizer):
         if not x["grad"]:
             self._follow(part, group["updates"], s)
             return
-        if _ext.takes(*(x[name][0] for name in ("theta", "grad", "phi") if x[name])):
+        if _ext.takes(*(x[name][0] for name in ("theta", "grad", "phi") if x[name]), alone=True):
             plan = self._plans.setdefault((*key[1:], *part.ids), Plan()).at(part, random)
-            _csrc(plan, part, group, self.seed, s)
+            launch(plan, part, group, self.seed, s)
         else:
             _ = fused("adamw", x["theta"][0], limit=NO_KERNEL)  # says so once, refuses under strict
             adamw_reference(part, group, self.precision, self.seed, s)
@@ -352,10 +263,20 @@ class AdamW(torch.optim.Optimizer):
         return whole
 
     @torch.no_grad()
+    def torch_state_dict(self) -> dict[str, Any]:
+        """state_dict with 8-bit moments as the fp32 that they mean, which torch.optim.AdamW loads; copies."""
+        whole = self.state_dict()
+        for state in whole["state"].values():
+            for name in NAMES:
+                if (exponent := state.pop(f"{name}_exponent", None)) is not None:
+                    state[name] = _decoded(state[name], exponent, NAMES[name])
+        return whole
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this class or of torch.optim.AdamW. Keeps the dtypes of this optimizer (torch's own loading would cast
-        fp32 moments to a bf16 parameter's); `low` is 0 where the saved state has none. Raises ValueError where
-        parameters differ in number or shape."""
+        fp32 moments to a bf16 parameter's), rounding to the nearest 8-bit code where only this one has such; `low` is 0
+        where the saved state has none. Raises ValueError where parameters differ in number or shape."""
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
         if len(saved) != len(mine):
@@ -372,9 +293,56 @@ class AdamW(torch.optim.Optimizer):
         shared: dict[tuple, Tensor] = {}
         for p, state in zip(mine, saved, strict=True):
             self.state[p] = kept[p]
-            for name in ("exp_avg", "exp_avg_sq", "low"):
-                if name in kept[p]:
-                    kept[p][name].copy_(state[name]) if name in state else kept[p][name].zero_()
+            for name in NAMES:
+                _load_moment(name, kept[p], state)
+            if "low" in kept[p]:
+                kept[p]["low"].copy_(state["low"]) if "low" in state else kept[p]["low"].zero_()
             count = float(state.get("step", 0))
             step = torch.tensor(count, device=kept[p]["step"].device)
             kept[p]["step"] = shared.setdefault((which[p], step.device, count), step)
+
+
+# -- 8-bit moments in a state --------------------------------------------------------------------------------------
+
+
+def _exponents(p: Any, block: int) -> Tensor:
+    """int8 [rows, blocks of a row], placed as p is."""
+    shape = (p.shape[0], p.numel() // p.shape[0] // block)
+    if not is_dtensor(p):
+        return torch.zeros(shape, dtype=torch.int8, device=p.device)
+    from torch.distributed.tensor import zeros
+
+    return zeros(shape, dtype=torch.int8, device_mesh=p.device_mesh, placements=p.placements)
+
+
+def _decoded(code: Any, exponent: Any, short: str) -> Any:
+    value = _eight.decode(local(code).reshape(-1), local(exponent).reshape(-1), short).view(local(code).shape)
+    if not is_dtensor(code):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = code.device_mesh, code.placements
+    return DTensor.from_local(value, mesh, placements, run_check=False, shape=code.shape, stride=code.stride())
+
+
+def _load_moment(name: str, kept: dict[str, Any], saved: dict[str, Any]) -> None:
+    """A saved moment, of any kind, into the kept one."""
+    exponent, given = f"{name}_exponent", saved.get(f"{name}_exponent")
+    pair = [kept[key] for key in (name, exponent) if key in kept]
+    if name not in saved:
+        for t in pair:
+            t.zero_()
+    elif given is None and len(pair) == 1:
+        kept[name].copy_(saved[name])
+    elif given is not None and len(pair) == 2 and given.shape == kept[exponent].shape:
+        kept[name].copy_(saved[name])
+        kept[exponent].copy_(given)
+    else:
+        value = saved[name] if given is None else _decoded(saved[name], given, NAMES[name])
+        if len(pair) == 1:
+            kept[name].copy_(value)
+            return
+        block = _eight.block_of(kept[name].shape)
+        new = _eight.encode(local(value).float().reshape(-1), NAMES[name], block, _eight.HALF)
+        for t, encoded in zip(pair, new, strict=True):
+            local(t).copy_(encoded.view(local(t).shape))

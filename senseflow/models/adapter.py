@@ -46,8 +46,8 @@ class Adapter(Protocol):
         """The teacher, frozen, in dtype."""
         ...
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """What student and fake start from: a trainable copy of the teacher, in fp32."""
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """What student and fake start from: a trainable copy of the teacher, kept in dtype."""
         ...
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
@@ -89,12 +89,22 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
-    """What the middle one of `blocks` returns as element `stream` while `forward` runs."""
-    caught: list[Tensor] = []
-    hook = blocks[len(blocks) // 2].register_forward_hook(lambda _m, _i, out: caught.append(out[stream]))
+def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """net in fp32 or bf16, in place. Not by to(dtype), at which diffusers warns."""
+    return net.float() if dtype == torch.float32 else net.bfloat16()
+
+
+def middle_output(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> Any:
+    """What the middle one of `blocks` returns while `forward` runs."""
+    caught: list[Any] = []
+    hook = blocks[len(blocks) // 2].register_forward_hook(lambda _m, _i, out: caught.append(out))
     try:
         forward()
     finally:
         hook.remove()
     return caught[0]
+
+
+def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
+    """Element `stream` of what the middle one of `blocks` returns while `forward` runs."""
+    return middle_output(blocks, forward)[stream]

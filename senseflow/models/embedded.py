@@ -14,7 +14,7 @@ from torch import Tensor
 from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, middle_tokens
+from senseflow.models.adapter import Condition, cast, middle_tokens
 from senseflow.models.text import embed_prompts
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
@@ -101,11 +101,12 @@ class EmbeddedAdapter:
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """The transformer of the folder, frozen."""
-        return load_transformer(self.folder, self.device).to(dtype).requires_grad_(False)
+        net = load_transformer(self.folder, self.device)
+        return (net if dtype == torch.float32 else net.to(dtype)).requires_grad_(False)  # diffusers warns at every cast
 
-    def student_of(self, teacher: torch.nn.Module) -> torch.nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return cast(copy.deepcopy(teacher), dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[torch.nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, in_dtype, middle_tokens
+from senseflow.models.adapter import Condition, cast, in_dtype, middle_tokens
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -39,7 +39,7 @@ class SD3Adapter:
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
         down = autoencoder.downsampling(self.vae)
         self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
-        self._text: Any = None
+        self.clip_width = 768
         self._empty: Condition | None = None
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -48,9 +48,9 @@ class SD3Adapter:
 
         return load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return cast(copy.deepcopy(teacher), dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
@@ -94,7 +94,12 @@ class SD3Adapter:
             prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )  # fmt: skip
+        self.clip_width = self.text.text_encoder.config.projection_dim
         return Condition(embeds, pooled)
+
+    def clip_l(self, cond: Condition) -> Tensor:
+        """CLIP ViT-L/14's projected text vector [B, 768], which cond.pooled begins with; CLIP-G's follows."""
+        return cond.pooled[:, : self.clip_width]
 
     def uncond(self, batch: int) -> Condition:
         """The encoded empty prompt, `batch` times."""

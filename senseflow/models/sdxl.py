@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senseflow.flow import DiffusionSchedule
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Condition, in_dtype
+from senseflow.models.adapter import Condition, cast, in_dtype
 from senseflow.models.loading import load_component, load_pipeline_shell
 
 
@@ -47,9 +47,9 @@ class SDXLAdapter:
 
         return load_component(UNet2DConditionModel, self.source, "unet", dtype, self.device)
 
-    def student_of(self, teacher: nn.Module) -> nn.Module:
-        """A trainable copy of the teacher, in fp32."""
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+    def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A trainable copy of the teacher, kept in dtype."""
+        return cast(copy.deepcopy(teacher), dtype).requires_grad_(True)
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
