@@ -127,13 +127,13 @@ def places(folder: str, teacher: str, dtype: str, device: str) -> str:
 def pipeline_blocks(
     target: str, family: Family, adapter: Any, settings: dict[str, Any], where: str, prompts: Sequence[str]
 ) -> tuple[str, str]:
-    """Two code blocks, re-noise and Euler: each ends in the call, `images = pipe(...)`."""
+    """Two code blocks, re-noise and Euler: each ends in the call, `images = pipe(...).images`."""
     setup = "\n".join(_setup(target, family, adapter.network))
     used = [family.pipeline, *([family.network] if "network =" in setup else [])]
     if "SCHEDULER" in setup:
         used.append(scheduler_class(adapter.schedule))
         setup = setup.replace("SCHEDULER", used[-1])
-    call = "images = pipe(prompts, **settings).images"
+    call = "images = pipe(prompt=prompts, **settings).images"
     lines = [
         "import torch", f"from diffusers import {', '.join(sorted(used))}", "", where, setup,
         f"prompts = {list(prompts)!r}", *_dict_lines(settings), "torch.manual_seed(0)", call,

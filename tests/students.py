@@ -17,6 +17,8 @@ from senseflow.models.families import make_adapter
 WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write_sd3, "flux-dev": write_flux,
          "sdxl": write_sdxl, "flux2-klein": write_klein}  # fmt: skip
 
+SMALL = ["--model.side", "64", "--model.dtype", "fp32", "--train.precision", "fp32", "--train.moments", "fp32"]
+
 
 def moved(net, seed: int, by: float = 0.05):
     """Every parameter moved by `by` of its own spread, at random."""
@@ -30,7 +32,7 @@ def moved(net, seed: int, by: float = 0.05):
 def make_run(preset: str, teacher: Path, run: Path, *flags: str, ema: bool = False, student: bool = True):
     """A run folder: student/ as the trainer writes it, and one checkpoint whose raw weights, and EMA, differ from it.
     Returns (shipped, raw, EMA) networks."""
-    small = ["--model.side", "64", "--model.dtype", "fp32"]
+    small = list(SMALL)
     if preset != "sdxl":
         small += ["--model.text_length", "16"]
     cfg = parse([preset, "--teacher", str(teacher), "--out", str(run), *small, *flags], "").config
@@ -49,7 +51,7 @@ def make_run(preset: str, teacher: Path, run: Path, *flags: str, ema: bool = Fal
 def make_lora_run(preset: str, teacher: Path, run: Path):
     """A run folder of a LoRA student of rank 2: its merged network, and a checkpoint of A and B with other, raw ones
     beside the EMA. Returns the student, at the EMA."""
-    small = ["--model.side", "64", "--model.dtype", "fp32", "--model.variant", "lora", "--lora.rank", "2"]
+    small = [*SMALL, "--model.variant", "lora", "--lora.rank", "2"]
     small += ["--lora.alpha", "3", "--lora.guidance", "2.5", "--lora.targets", "to_q,to_out.0"]
     small += [] if preset == "sdxl" else ["--model.text_length", "16"]
     cfg = parse([preset, "--teacher", str(teacher), "--out", str(run), *small], "").config

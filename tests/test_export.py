@@ -77,7 +77,7 @@ def from_pipeline(pipe, preset, noises, monkeypatch, **kwargs):
     seen = []
     step = pipe.scheduler.step  # klein's pipeline undoes the VAE's normalisation: its last step's result counts
     monkeypatch.setattr(pipe.scheduler, "step", wraps(step)(lambda *a, **k: seen.append(out := step(*a, **k)) or out))
-    pipe(PROMPTS, latents=first, output_type="latent", **kwargs)
+    pipe(prompt=PROMPTS, latents=first, output_type="latent", **kwargs)
     monkeypatch.undo()
     last = seen[-1][0]
     shape = noises[0].shape[2:]
@@ -256,7 +256,9 @@ def test_a_variant_of_the_teacher_becomes_plain(runs, tmp_path):
     assert files == {"model.safetensors", "diffusion_pytorch_model.safetensors"}
 
 
-@pytest.mark.parametrize("preset", ["sd35-medium", "flux-dev", "sdxl"])
+@pytest.mark.parametrize("preset", [
+    "flux-dev", pytest.param("sd35-medium", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_lora(preset, runs, tmp_path, monkeypatch, capsys):
     """As a LoRA inside the teacher's own pipeline (FLUX at the guidance it was trained on), and merged; EMA and raw."""
     pytest.importorskip("peft")

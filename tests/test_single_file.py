@@ -19,8 +19,8 @@ has_klein = pytest.mark.skipif(not hasattr(diffusers, "Flux2Transformer2DModel")
 # Published checkpoints, and FLUX.1-dev as its student: without the guidance embedding.
 TABLES = {
     "sd35-large": lambda: published.sd35(38, 0, 192), "sd35-medium": lambda: published.sd35(24, 13, 384),
-    "flux-dev": published.flux, "flux-student": lambda: {k: v for k, v in published.flux().items() if "guidance" not in k},
-    "sdxl": published.sdxl, "flux2-klein": published.klein,
+    "flux-dev": published.flux, "sdxl": published.sdxl, "flux2-klein": published.klein,
+    "flux-student": lambda: {k: v for k, v in published.flux().items() if "guidance_in" not in k},
 }  # fmt: skip
 NAMES = [pytest.param(name, marks=has_klein if name == "flux2-klein" else ()) for name in TABLES]
 CONVERT = {
