@@ -219,6 +219,7 @@ print(peak - before, sum(p.numel() * p.element_size() for p in net.parameters())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_copy_in_memory(folder, tmp_path):
     """fp32 files of 217 MB into bf16: the process's own memory (mapped files left out) grows by the network in bf16,
@@ -233,5 +234,6 @@ def test_one_copy_in_memory(folder, tmp_path):
     argv = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "big"), str(folder)]
     out = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300).stdout
     grown, size = map(int, out.split()[-2:])
+    print(f"{size / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB")
     assert size > 80e6
     assert grown < 1.25 * size, f"{grown / size:.2f} times the network"
