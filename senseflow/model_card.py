@@ -178,7 +178,7 @@ COMFY_SHIFT = {  # what ComfyUI's own shift is not, or may not be
     "flux": "A FLUX file without guidance embedding counts as schnell there, whose shift is 1: ModelSamplingFlux with "
     "base_shift = max_shift = {shift:g} before it.",
     "sdxl": "",
-    "flux2": "",
+    "flux2": "ModelSamplingFlux with base_shift = max_shift = {shift:g} before it.",
 }
 
 
