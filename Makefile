@@ -1,4 +1,4 @@
-PYTHON ?= python
+PYTHON ?= $(if $(shell command -v python),python,python3)
 BENCHES := $(filter $(wildcard bench/*.py),bench/ops.py bench/step.py bench/data.py)
 # A checkout runs without being installed, as on a GPU machine that has no network.
 export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -32,19 +32,11 @@ bench:
 	  module=bench.$$(basename $$file .py); echo "== $$module"; $(PYTHON) -m $$module; done
 	$(if $(wildcard bench/test_*.py),$(PYTHON) -m pytest bench)
 
-# On a GPU: the kernels' tests, the other GPU tests, the benchmarks, and the kernels under compute-sanitizer where it
-# is installed. One that fails does not stop the rest. Without a GPU this is an error: nothing was shown.
+# On a GPU: the kernels' tests, the other GPU tests, the benchmarks, the kernels under compute-sanitizer where it is
+# installed; one table at the end, also runs/gpu/table.md. One that fails does not stop the rest. PARTS="kernels
+# bench-score" runs these alone. Without a GPU this is an error: nothing was shown.
 gpu:
-	@$(PYTHON) -c 'import sys, torch; ok = torch.cuda.is_available(); \
-	print(torch.cuda.get_device_name() if ok else "gpu: NO GPU: torch " + torch.__version__ \
-	+ " sees no CUDA device here, so nothing was run"); sys.exit(not ok)'
-	@failed=; \
-	$(PYTHON) -m pytest tests/ops -rs || failed="$$failed kernels"; \
-	$(PYTHON) -m pytest -m gpu --ignore=tests/ops -rs || [ $$? -eq 5 ] || failed="$$failed tests"; \
-	$(MAKE) --no-print-directory bench || failed="$$failed bench"; \
-	if ! command -v $(SANITIZER) >/dev/null; then echo "gpu: no $(SANITIZER) here, so not checked with it"; \
-	else $(MAKE) --no-print-directory sanitize || failed="$$failed sanitize"; fi; \
-	[ -z "$$failed" ] || { echo "gpu: failed:$$failed"; exit 1; }
+	@$(PYTHON) -m bench.gpu $(PARTS)
 
 # The kernels' tests under NVIDIA's compute-sanitizer (of the CUDA toolkit; SANITIZER=/path/to/it). Every tensor in an
 # allocation of its own, or an access beyond one would hit a neighbour unseen; CUDA graphs cannot have that.
@@ -58,13 +50,14 @@ sanitize:
 evidence:
 	$(PYTHON) -m pytest -m slow -rs --durations=0
 
-# dist/gpu-pack.tar.gz: this tree as it stands and the versions beside it, for a GPU machine
-# without network. There: unpack, cd gpu-pack, make gpu.
+# dist/gpu-pack.tar.gz: this tree as it stands, the versions beside it, and packages that the GPU machine may lack, which
+# needs no network. There: unpack, cd gpu-pack, make gpu.
 gpu-pack:
 	@rm -rf dist/gpu-pack && mkdir -p dist/gpu-pack
 	@git ls-files -z --cached --others --exclude-standard \
 	  | while IFS= read -r -d '' file; do [ ! -e "$$file" ] || printf '%s\0' "$$file"; done \
 	  | tar --create --null --files-from=- | tar --extract --directory=dist/gpu-pack
+	@$(PYTHON) -m bench.pack dist/gpu-pack
 	@$(PYTHON) -m pip freeze --exclude-editable > dist/gpu-pack/versions.txt
 	@git rev-parse --verify --quiet HEAD > dist/gpu-pack/commit.txt || echo none > dist/gpu-pack/commit.txt
 	@tar --create --gzip --file=dist/gpu-pack.tar.gz --directory=dist gpu-pack

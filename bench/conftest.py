@@ -122,7 +122,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     whole = {"score", "hinge", "lerp", "adaLN", "joint", "attention", "mmdit"}
     whole |= set() if harness.CUDA else {"csrc"}
     missing = whole - {row["op"].split()[0] for row in found.rows}  # `pytest bench/test_lerp.py`
-    path = harness.save(found.rows, found.skipped, bool(found.partial or missing or exitstatus))
+    path = harness.save(found.rows, found.skipped, bool(found.partial or exitstatus), sorted(missing))
     terminalreporter.write_line("")
     terminalreporter.write_line(report.render(report.load(path), every_row=True))
     terminalreporter.write_line(f"\nwritten: {os.path.relpath(path)}")

@@ -1,4 +1,4 @@
-"""Whole transformers on a CPU, fused and not, in turns in one process: `python -m bench.fused_cpu [ROUNDS]`.
+"""Whole transformers on a CPU, fused and not, in turns in one process: `python -m bench.fused_cpu [--out FILE]`.
 
 Says whether `--kernels.fuse true` pays there, where torch runs both. The embedded teacher at batch 8; SD 3.5 Medium's
 and FLUX's blocks at width 384, batch 2. One thread, fp32, medians.
@@ -6,9 +6,13 @@ and FLUX's blocks at width 384, batch 2. One thread, fp32, medians.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import os
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
+from bench.harness import environment
 from senseflow.models.embedded import EMBEDDED_FOLDER, load_transformer
 from senseflow_kernels import fuse_mmdit
 
@@ -63,8 +68,9 @@ def seconds(net: nn.Module, inputs: dict[str, Any], backward: bool) -> float:
     return spent
 
 
-def main(rounds: int = 11) -> None:
-    torch.set_num_threads(1)
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """A row a model and part: medians in ms, and all times in s, in the order in which they were measured."""
+    rows = []
     for make in (embedded, sd3, flux):
         torch.manual_seed(0)
         own, inputs = make()
@@ -75,9 +81,32 @@ def main(rounds: int = 11) -> None:
                 for name, net in forms.items():
                     times[name].append(seconds(net, inputs, backward))
             plain, fused = (1e3 * median(t[2:]) for t in times.values())
-            part = "fwd+bwd" if backward else "fwd"
-            print(f"{make.__name__} {part}: diffusers {plain:.1f} ms, fused {fused:.1f} ms, {fused / plain:.3f}")
+            row = dict(model=make.__name__, part="fwd+bwd" if backward else "fwd", diffusers_ms=plain, fused_ms=fused)
+            rows.append(row | dict(ratio=fused / plain, seconds=times))
+            print(
+                "{model} {part}: diffusers {diffusers_ms:.1f} ms, fused {fused_ms:.1f} ms, {ratio:.3f}".format(
+                    **rows[-1]
+                )
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="appends this run, with the machine's load beside it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    rows = measure(args.rounds)
+    if args.out:
+        command = " ".join(["python", "-m", "bench.fused_cpu", *sys.argv[1:]])
+        run = environment() | dict(
+            command=command, load_before=load, load_after=os.getloadavg()[0], rounds=args.rounds, rows=rows
+        )
+        runs = json.loads(args.out.read_text()) if args.out.exists() else []
+        args.out.write_text(json.dumps([*runs, run], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

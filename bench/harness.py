@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 import senseflow_kernels
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(os.environ.get("SENSEFLOW_BENCH_RESULTS", ROOT / "bench" / "results"))
 FORMAT = 1  # of the result file
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -157,7 +157,9 @@ def _kernels_of(fn: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         fn()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in prof.events() or [])
+    # torch.compile and others put a name around their kernels, which the profiler shows on the device too
+    events = [e for e in prof.events() or [] if not getattr(e, "is_user_annotation", False)]
+    return sum(event.device_type == DeviceType.CUDA for event in events)
 
 
 @functools.cache
@@ -215,12 +217,14 @@ def _output(*command: str) -> str | None:
 
 def _commit() -> tuple[str, bool | None]:
     """(short commit, whether tracked or new files differ from it); an unpacked gpu-pack says its commit in a file."""
-    found = _output("git", "rev-parse", "--short=10", "HEAD")
-    if found:
-        changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
-        return found, None if changed is None else bool(changed)
     packed = ROOT / "commit.txt"
-    return (packed.read_text().strip()[:10] if packed.exists() else "unknown"), None
+    if packed.exists():  # first: it may have been unpacked inside another repository
+        return packed.read_text().strip()[:10], None
+    found = _output("git", "rev-parse", "--short=10", "HEAD")
+    if not found:
+        return "unknown", None
+    changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    return found, None if changed is None else bool(changed)
 
 
 def device_name() -> str:
@@ -250,9 +254,10 @@ def environment() -> dict[str, Any]:
     commit, dirty = _commit()
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit"
     gpu = _output("nvidia-smi", query, "--format=csv,noheader", "-i", "0") if CUDA else None
+    system = " ".join([platform.system(), platform.machine(), *platform.libc_ver()])
     return dict(
         device=device_name(), device_type=DEVICE.type, cpu=platform.processor() or platform.machine(),
-        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=platform.platform(),
+        cores=os.cpu_count(), threads=torch.get_num_threads(), platform=system,
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
         triton=_version("triton"), pytest_benchmark=_version("pytest-benchmark"),
         driver_clock_maxclock_power=gpu, capability=list(torch.cuda.get_device_capability()) if CUDA else None,
@@ -261,8 +266,14 @@ def environment() -> dict[str, Any]:
     )  # fmt: skip
 
 
-def save(rows: list[dict[str, Any]], skipped: list[dict[str, str]], partial: bool, folder: Path = RESULTS) -> Path:
-    """Writes folder/<device>/<date>-<commit>.json, with -2, -3, ... where one is there. partial: not every test ran."""
+def save(
+    rows: list[dict[str, Any]], skipped: list[dict[str, str]], stopped: bool = False, missing: Sequence[str] = (),
+    folder: Path = RESULTS,
+) -> Path:  # fmt: skip
+    """Writes folder/<device>/<date>-<commit>.json, with -2, -3, ... where one is there.
+
+    stopped: something failed, was deselected or interrupted; missing: families of ops that were not asked for.
+    """
     env = environment()
     name = f"{env['time'][:10]}-{env['commit']}{'-dirty' if env['dirty'] else ''}"
     folder = folder / device_slug()
@@ -271,6 +282,9 @@ def save(rows: list[dict[str, Any]], skipped: list[dict[str, str]], partial: boo
     while path.exists():
         i += 1
         path = folder / f"{name}-{i}.json"
-    result = dict(format=FORMAT, partial=partial, environment=env, rows=rows, skipped=skipped)
+    result = dict(
+        format=FORMAT, partial=bool(stopped or missing), stopped=stopped, missing=sorted(missing), environment=env,
+        rows=rows, skipped=skipped,
+    )  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,42 @@ def newest(folder: Path = RESULTS) -> list[Path]:
     return found
 
 
+def copy_rate(result: dict[str, Any]) -> float | None:
+    """Bytes a second of the copy that the run measured."""
+    copies = [row for row in result["rows"] if row["op"] == "copy"]
+    return _rate(copies[0]) if copies else None
+
+
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of single benchmarks as one: the same device, commit and versions; a row keeps its own run's copy rate.
+
+    Raises BadResult where they differ.
+    """
+    first, rows = results[0], {}
+    for result in results:
+        for name in ("device", "commit", "torch", "triton"):
+            if result["environment"].get(name) != first["environment"].get(name):
+                raise BadResult(f"results of two runs that differ in {name} are not one")
+        rate = copy_rate(result)
+        for row in result["rows"]:
+            key = tuple(row[name] for name in ("op", "case", "form", "mode"))
+            rows[key] = row | ({} if row["op"] == "copy" or rate is None else {"copy_rate": rate})
+    missing = set.intersection(*(set(r.get("missing", ())) for r in results))
+    commands = " && ".join(str(r["environment"].get("command")) for r in results)
+    return first | dict(
+        partial=bool(missing) or any(r.get("stopped", r.get("partial")) for r in results), missing=sorted(missing),
+        environment=first["environment"] | dict(command=commands), rows=list(rows.values()),
+        skipped=[s for r in results for s in r.get("skipped", [])],
+    )  # fmt: skip
+
+
+def verdicts(result: dict[str, Any]) -> list[list[str]]:
+    """[target, what was measured, pass | fail | not measured] of the targets for the run's kind of device."""
+    gpu = result["environment"].get("device_type") == "cuda"
+    judged = judge(result["rows"], TARGETS if gpu else CPU_TARGETS)
+    return [[target.text, measured, verdict] for target, measured, verdict in judged]
+
+
 # -- markdown ------------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +119,7 @@ def _launches(row: Row) -> str:
 
 
 def _cells(row: Row, copy: float | None) -> list[str]:
+    copy = row.get("copy_rate", copy)
     share, rate = f"{_rate(row) / copy:.0%}" if copy else "", f"{_rate(row) / 1e9:.1f}"
     if "flops" in row:  # bound by arithmetic, so bytes say nothing
         share, rate = "", f"{row['flops'] / row['median_s'] / 1e12:.3g} TFLOP/s"
@@ -115,7 +153,7 @@ def render(result: dict[str, Any], every_row: bool = False) -> str:
     env, gpu = result["environment"], result["environment"].get("device_type") == "cuda"
     copies = [r for r in result["rows"] if r["op"] == "copy"]
     rows = [r for r in result["rows"] if r["op"] != "copy"]
-    copy = _rate(copies[0]) if copies else None
+    copy = copy_rate(result)
     where = f"### {env.get('device')}{'' if gpu else ' (CPU: small sizes, csrc or torch, no GPU kernel ran)'}"
     how = f"torch {env.get('torch')}, Triton {env.get('triton')}, Python {env.get('python')}"
     how += f", commit {env.get('commit')}{' with changes' if env.get('dirty') else ''}, {str(env.get('time'))[:10]}"
@@ -137,10 +175,9 @@ def render(result: dict[str, Any], every_row: bool = False) -> str:
     parts = [where, how + "." + partial, what, _all_rows(rows, copy) if every_row else _ratios(rows, copy)]
     if reasons:
         parts.append("Not measured: " + "; ".join(reasons) + ".")
-    judged = judge(result["rows"], TARGETS if gpu else CPU_TARGETS)
+    judged = verdicts(result)
     if gpu or any(verdict != "not measured" for *_, verdict in judged):
-        verdicts = [[t.text, measured, verdict] for t, measured, verdict in judged]
-        parts.append(table(["target", "measured", "verdict"], verdicts))
+        parts.append(table(["target", "measured", "verdict"], judged))
     return "\n\n".join(parts)
 
 

@@ -87,8 +87,8 @@ def _verdict(target: Target, rows: Sequence[Row], copy: float | None) -> tuple[s
         us = ours["median_s"] * 1e6
         if target.at_most_us is not None:
             verdicts.append((f"{us:.2f} us", us <= target.at_most_us))
-        elif target.copy_share is not None and copy:
-            share = ours["bytes"] / ours["median_s"] / copy
+        elif target.copy_share is not None and (rate := ours.get("copy_rate", copy)):
+            share = ours["bytes"] / ours["median_s"] / rate
             verdicts.append((f"{share:.1%} ({ours['case']})", share >= target.copy_share))
         elif target.baseline is not None:
             wanted = {target.baseline} if isinstance(target.baseline, str) else set(target.baseline)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -105,6 +107,26 @@ def call_of(
     return call
 
 
+@functools.lru_cache(maxsize=1)
+def prepared(case: Case) -> tuple[nn.Module, dict[str, Any], list[Tensor]]:
+    """(model on the device, inputs and gradients of the outputs on the CPU), all fp32 and the same for every form."""
+    torch.manual_seed(0)
+    model = model_of(case)
+    inputs = inputs_of(case, model)
+    douts = [torch.randn_like(inputs[n]) for n in ("encoder_hidden_states", "hidden_states")]
+    return model.to(DEVICE), inputs, douts
+
+
+@functools.lru_cache(maxsize=2)
+def truth_of(case: Case, part: str) -> list[Tensor]:
+    """diffusers' own results in fp64, on a GPU in fp32: 2^-24 and a few sums away from it, nothing beside bf16."""
+    exact = torch.float32 if CUDA else torch.float64
+    pristine, inputs, douts = prepared(case)
+    block = copy.deepcopy(getattr(pristine, case.blocks)[0]).to(exact)
+    found = call_of(block, moved(inputs, exact), [d.to(DEVICE, exact) for d in douts], part)()
+    return [t.detach().cpu() for t in found]
+
+
 def best_attention() -> AbstractContextManager:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
@@ -119,24 +141,17 @@ def test_block(measure, leave_out, case: Case, form: str, part: str) -> None:
     if compiled and not CUDA:
         leave_out(op, name, form, "torch.compile is timed on CUDA alone")
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = model_of(case)
-    inputs = inputs_of(case, model)
-    douts = [torch.randn_like(inputs[n]) for n in ("encoder_hidden_states", "hidden_states")]
-    model = model.to(DEVICE)
+    pristine, inputs, douts = prepared(case)
+    model = copy.deepcopy(pristine).to(DTYPE)
     block = getattr(model, case.blocks)[0]
-    # diffusers' own in fp32, on the GPU 2^-24 and a few sums away from fp64: nothing beside bf16
-    exact = torch.float32 if CUDA else torch.float64
-    truth = call_of(block.to(exact), moved(inputs, exact), [d.to(DEVICE, exact) for d in douts], part)()
-    truth = [t.detach().cpu() for t in truth]
-    block.to(DTYPE)
     if fused:
         fuse_mmdit(model, compile=compiled)
     elif compiled:
         block.compile(fullgraph=True)
     context = best_attention if cudnn_first else nullcontext
     call = call_of(block, moved(inputs, DTYPE), [d.to(DEVICE, DTYPE) for d in douts], part, context)
-    error = max(relative_error(found.cpu(), t) for found, t in zip(call(), truth, strict=True) if t.norm() > 1e-3)
+    pairs = zip(call(), truth_of(case, part), strict=True)
+    error = max(relative_error(found.cpu(), t) for found, t in pairs if t.norm() > 1e-3)
     weights = sum(p.nbytes for p in block.parameters())
     tokens = sum(t.nbytes for t in moved(inputs, DTYPE).values() if isinstance(t, Tensor))
     measure(

@@ -162,3 +162,16 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
         text = f"incomplete checkpoint ignored: {', '.join(passed)}; {used}"
         warnings.warn(text, stacklevel=2)
     return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint folder, its tensors mapped from the file: what is not used is not read.
+
+    Raises UserError when it is no whole checkpoint.
+    """
+    if flaw := _flaw(path):
+        raise UserError(f"{path} is no whole checkpoint: {flaw}")
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is no whole checkpoint: {str(error).partition(chr(10))[0]}") from None

@@ -84,7 +84,7 @@ INF = math.inf
 class Model(Section):
     NAME = "model"
     RANGES = {"shift": (0, 100), "side": (16, 8192), "text_length": (0, 4096)}
-    family: Literal["embedded", "sd35", "flux", "sdxl"] = doc("teacher family", "embedded")
+    family: Literal["embedded", "sd35", "flux", "sdxl", "flux2"] = doc("teacher family", "embedded")
     teacher: str = doc("diffusers folder or hub id of the teacher; empty: the embedded one", "")
     side: int = doc("side of the images, pixels", 32)
     text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)
@@ -93,11 +93,24 @@ class Model(Section):
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
     anchors: Literal["exact", "released"] = doc("FLUX only: exact shift or released integers", "exact")
+    variant: Literal["full", "lora"] = doc(
+        "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
             raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
+
+
+@dataclass(frozen=True)
+class Lora(Section):
+    NAME = "lora"
+    RANGES = {"rank": (1, 4096), "alpha": (1e-3, 1e6), "guidance": (0, 100)}
+    rank: int = doc("rank r of the LoRA of student and fake, with model.variant lora", 64)
+    alpha: float = doc("its weight is alpha / rank", 64.0)
+    targets: str = doc("its Linear layers, of the blocks: all, attention, or ends of names with commas between", "all")
+    guidance: float = doc("FLUX only: guidance at which student and fake start, and at which the LoRA is called", 3.5)
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,10 @@ class Disc(Section):
         "d_weight": (0, INF), "taps": (-1, 39),
     }  # fmt: skip
     kind: Literal["vfm", "fake_features", "none"] = doc("discriminator", "vfm")
-    backbone: str = doc("DINOv2 folder, file or hub id; empty: the embedded ViT-S", "")
+    backbone: str = doc("DINOv2 folder, file, hub id or timm name; empty: the embedded ViT-S", "")
+    text: Literal["pooled", "clip-l"] = doc(
+        "text vector D sees: the family's whole pooled one, or CLIP ViT-L/14's alone (SD 3.5, FLUX.1)", "pooled"
+    )
     weight: float = doc("lambda_G, weight of the adversarial term", 0.1)
     omega: Literal["paper", "released-sd35", "released-sdxl", "one"] = doc("weight over t", "paper")
     omega_on_d: bool = doc("weigh D's own loss too (released), or not (paper's text)", True)
@@ -308,6 +324,7 @@ class Config(Section):
     seed: int = doc("seed of every random number", 0)
     out: str = doc("run folder", "runs/tiny")
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)

@@ -46,8 +46,10 @@ def make_optimizer(
     if name == "senseflow" and heads:
         return AdamW(params, precision="fp32", **numbers)
     if name == "senseflow":
-        low = phi.lows() if phi is not None and t.precision == "split" else None
-        how: dict[str, Any] = dict(precision=t.precision, moments=MOMENTS[t.moments], ema=ema, seed=seed, **numbers)
+        # a LoRA's weights are fp32 whatever its base is kept in
+        precision = "fp32" if all(p.dtype == torch.float32 for p in params) else t.precision
+        low = phi.lows() if phi is not None and precision == "split" else None
+        how: dict[str, Any] = dict(precision=precision, moments=MOMENTS[t.moments], ema=ema, seed=seed, **numbers)
         if cfg.optim.host:
             return HostAdamW(params, phi=phi, **how)
         followers = None if phi is None else [p.detach() for group in phi.param_groups for p in group["params"]]

@@ -9,7 +9,10 @@ from typing import Any
 from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
 REAL: Any = dict(side=1024, dtype="bf16")  # 1024 px and bf16 arithmetic everywhere (paper.md 4)
-VIT_L = "facebook/dinov2-large"  # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5)
+# the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5); the paper's ablation prefers ViT-B for FID:
+# --disc.backbone facebook/dinov2-base --disc.taps=-1,2,5,8,10,11
+VIT_L = "facebook/dinov2-large"
+SD35_T: Any = dict(t_min=0.021, t_max=0.981)  # entries 20 to 980 of a table that starts at .001 (paper.md 1.1)
 RELEASED_TAPS = (-1, 2, 5, 8, 10, 14, 19, 23)  # DINOv2 ViT-L blocks; -1 is the patch embedding
 
 
@@ -34,6 +37,11 @@ def _released(name: str, **parts) -> Config:
     one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
     evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
+
+    What each teacher has of its own, below: lambda_G, lambda_ISG, lambda of IDA, f, guidance and margin from paper.md
+    1.7; laws of t from 1.1 and 1.2; omega from 1.6; shift and anchors from 3; rate and iterations from 4. Where the
+    paper's text says otherwise than its code: --isg.loss l2 (Eq. 12), --disc.omega paper --disc.omega_on_d false.
+    Released too: --model.anchors released (FLUX's rounded sigmas), --model.text_length 77 (SD 3.5's T5).
     """
     return Config(
         preset=name, out=f"runs/{name}", data=Data(batch=8), ema=Ema(decay=0.0),
@@ -41,10 +49,11 @@ def _released(name: str, **parts) -> Config:
     )  # fmt: skip
 
 
-def _vit_large(weight: float, omega: Any) -> Disc:
-    """The released discriminator (paper.md 1.5): DINOv2 ViT-L on whole images, its heads at full width."""
+def _vit_large(weight: float, omega: Any, text: Any = "clip-l") -> Disc:
+    """The released discriminator (paper.md 1.5): DINOv2 ViT-L on whole images, its heads at full width, CLIP ViT-L/14's
+    text vector. weight: lambda_G (paper.md 1.7); omega as its trainer has it (paper.md 1.6)."""
     return Disc(
-        weight=weight, omega=omega, backbone=VIT_L, taps=RELEASED_TAPS, size=1022, width=0, downsample=3,
+        weight=weight, omega=omega, text=text, backbone=VIT_L, taps=RELEASED_TAPS, size=1022, width=0, downsample=3,
     )  # fmt: skip
 
 
@@ -72,7 +81,7 @@ def sd35_large() -> Config:
         "sd35-large",
         model=Model(family="sd35", shift=3.0, **REAL),
         train=_train(27_000, 5, 1e-6),
-        dmd=Dmd(t_law="uniform", guidance_min=3.0, guidance_max=10.0),
+        dmd=Dmd(t_law="uniform", **SD35_T, guidance_min=3.0, guidance_max=10.0),
         fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=1.0, margin=50, guidance_min=5.0, guidance_max=5.0),
         ida=Ida(lam=0.97),
@@ -87,7 +96,7 @@ def sd35_medium() -> Config:
         "sd35-medium",
         model=Model(family="sd35", shift=3.0, **REAL),
         train=_train(27_000, 10, 1e-6),
-        dmd=Dmd(t_law="uniform", guidance_min=2.0, guidance_max=8.0),
+        dmd=Dmd(t_law="uniform", **SD35_T, guidance_min=2.0, guidance_max=8.0),
         fake=Fake(t_law="logit-normal", t_shift=True),
         isg=Isg(weight=0.5, margin=50, guidance_min=2.0, guidance_max=4.0),
         ida=Ida(lam=0.98),
@@ -124,8 +133,25 @@ def sdxl() -> Config:
         fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),
-        disc=_vit_large(0.5, "released-sdxl"),
+        disc=_vit_large(0.5, "released-sdxl", text="pooled"),  # CLIP-G's: SDXL pools no other
         eval=_eval(40, 5.0, 1.0),
+    )  # fmt: skip
+
+
+def flux2_klein() -> Config:
+    """FLUX.2 [klein] base 4B, a CFG teacher. Nobody has published a run of this method on it: every value is ours,
+    untried at full size, and taken from the teacher it is nearest to."""
+    return _released(
+        "flux2-klein",
+        # Flux2KleinPipeline's mu of 4096 tokens in 4 steps: the student's anchors are those of its plain 4-step call
+        model=Model(family="flux2", shift=2.29118, shift_kind="exponential", **REAL),
+        train=_train(27_000, 5, 1e-6),  # as SD 3.5 Large, like the weights and laws below
+        dmd=Dmd(t_law="uniform", guidance_min=2.0, guidance_max=8.0),  # as SD 3.5 Medium: the pipeline's 4 lies within
+        fake=Fake(t_law="logit-normal", t_shift=True),
+        isg=Isg(weight=1.0, margin=50, guidance_min=4.0, guidance_max=4.0),  # the pipeline's
+        ida=Ida(lam=0.97),
+        disc=_vit_large(0.1, "paper", text="pooled"),  # no CLIP here: Qwen3's
+        eval=_eval(50, 4.0, 2.02335),  # the pipeline's 50 steps, guidance, and mu of 50 steps
     )  # fmt: skip
 
 
@@ -136,8 +162,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "sd35-medium": sd35_medium,
     "flux-dev": flux_dev,
     "sdxl": sdxl,
+    "flux2-klein": flux2_klein,
     "sd35-large-dmd2": lambda: dmd2(sd35_large()),
     "sd35-medium-dmd2": lambda: dmd2(sd35_medium()),
     "flux-dev-dmd2": lambda: dmd2(flux_dev()),
     "sdxl-dmd2": lambda: dmd2(sdxl()),
+    "flux2-klein-dmd2": lambda: dmd2(flux2_klein()),
 }

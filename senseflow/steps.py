@@ -19,7 +19,7 @@ from senseflow.algo.discriminator import softplus_discriminator, softplus_genera
 from senseflow.algo.dmd import dmd_term
 from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, midpoint_range
 from senseflow.algo.rollout import backward_simulation
-from senseflow.config import Config
+from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, omega, prediction_to_x0
@@ -251,6 +251,18 @@ def fake_feature_logits(parts: Parts, x: Tensor, step: Step, stream: str) -> Ten
     return parts.disc(parts.adapter.features(parts.fake, x_t, sigma, step.batch.cond))
 
 
+def text_vector(adapter: Any, kind: str, cond: Condition) -> Tensor:
+    """What D knows of the prompt, [B, P]: by disc.text. Raises UserError for `clip-l` where the family's conditioning
+    holds no vector of CLIP ViT-L/14."""
+    if kind == "pooled":
+        return cond.pooled
+    if not hasattr(adapter, "clip_l"):
+        raise UserError(
+            "disc.text = 'clip-l': this family's conditioning has no CLIP ViT-L/14 vector; allowed is pooled"
+        )
+    return adapter.clip_l(cond)
+
+
 def step_weight(parts: Parts, cfg: Config, step: Step) -> Tensor:
     """omega(tau) fp32 [B] at the student's anchor."""
     return omega(step.sigma, cfg.disc.omega, parts.adapter.schedule)
@@ -266,7 +278,7 @@ def adversarial_generator(parts: Parts, cfg: Config, step: Step, real_features) 
     taps = vfm_features(parts, cfg, pixels, step, "augment.fake")
     step.fake_taps = [t.detach() for t in taps]  # D's own step looks at the same picture
     with parts.phase("D heads"):
-        logits = parts.disc(taps, step.batch.cond.pooled, real_features)
+        logits = parts.disc(taps, text_vector(parts.adapter, cfg.disc.text, step.batch.cond), real_features)
     return hinge_generator(logits, step_weight(parts, cfg, step))
 
 
@@ -282,7 +294,7 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
     with torch.no_grad():
         f_real = vfm_features(parts, cfg, step.batch.pixels, step, "augment.real")
         f_fake = step.fake_taps or vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
-    text = step.batch.cond.pooled
+    text = text_vector(parts.adapter, cfg.disc.text, step.batch.cond)
     disc: Any = parts.disc
     with parts.phase("D heads"):
         condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
@@ -329,4 +341,5 @@ __all__ = [
     "reference_features",
     "saturation",
     "student_forward",
+    "text_vector",
 ]

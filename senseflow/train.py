@@ -5,7 +5,6 @@ The run is one function, `train`, that reads from top to bottom; the algorithm's
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import sys
@@ -31,6 +30,7 @@ from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.lora import is_lora, lora_pair, merged, save_lora, shared_copy, trainable
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -43,6 +43,7 @@ from senseflow.steps import (
     reference_features,
     saturation,
     student_forward,
+    text_vector,
 )
 from senseflow.updates import Updates, bytes_beside
 
@@ -64,7 +65,7 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
         raise UserError(
             f"disc.taps = {cfg.disc.taps!r}: this backbone has {depth} blocks, allowed is -1 to {depth - 1}"
         )
-    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), cond.pooled.shape[1]
+    dims, text_dim = [vfm.dims[0]] * len(cfg.disc.taps), text_vector(adapter, cfg.disc.text, cond).shape[1]
     heads = VFMDiscriminator(dims, text_dim, cmap=cfg.disc.cmap, width=cfg.disc.width, downsample=cfg.disc.downsample)
     return heads.to(device), vfm
 
@@ -81,7 +82,10 @@ def build(cfg: Config, device: torch.device) -> tuple[Parts, EmbeddedData]:
     adapter = make_adapter(cfg.model, device)
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
-    student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
+    if cfg.model.variant == "lora":
+        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
+    else:
+        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
     if cfg.data.images == "teacher":
         images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
@@ -134,12 +138,14 @@ def iterate(cfg: Config, parts: Parts, updates: Updates, batch: Batch, iteration
 
 
 def drift(updates: Updates) -> Tensor:
-    """IDA drift: || phi - theta || / || theta ||, a device scalar."""
+    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of
+    the effective weights over what the student has learned, as A's rows are orthonormal; 0 before any update."""
     gap, size = [], []
     for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
         gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
         size.append(torch._foreach_norm([theta.float()])[0])
-    return torch.linalg.vector_norm(torch.stack(gap)) / torch.linalg.vector_norm(torch.stack(size))
+    whole = torch.linalg.vector_norm(torch.stack(size))
+    return torch.linalg.vector_norm(torch.stack(gap)) / whole.clamp_min(1e-12)
 
 
 def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
@@ -147,8 +153,8 @@ def student_for_use(parts: Parts, updates: Updates) -> nn.Module:
     updates.ready()
     if updates.ema is None:
         return parts.student
-    net = copy.deepcopy(parts.student)
-    updates.ema.copy_to(list(net.parameters()))
+    net = shared_copy(parts.student)
+    updates.ema.copy_to(trainable(net))
     return net
 
 
@@ -188,13 +194,16 @@ class Stop:
 
 def plan(cfg: Config, parts: Parts) -> None:
     """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
-    rows, total = [], 0.0
-    for name in ("student", "fake", "teacher", "disc", "vfm"):
+    rows, total, seen = [], 0.0, set()
+    for name in ("teacher", "student", "fake", "disc", "vfm"):
         net = getattr(parts, name)
         if net is None:
             continue
-        count = sum(p.numel() for p in net.parameters())
-        gigabytes = sum(p.numel() * (p.element_size() + bytes_beside(cfg, name, p)) for p in net.parameters()) / 1e9
+        own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
+        seen |= {id(p) for p in own}
+        count = sum(p.numel() for p in own)
+        beside = (bytes_beside(cfg, name, p) if p.requires_grad else 0.0 for p in own)
+        gigabytes = sum(p.numel() * (p.element_size() + more) for p, more in zip(own, beside, strict=True)) / 1e9
         total += gigabytes
         rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
     rows.append(["sum", "", f"{total:.3f}"])
@@ -216,7 +225,7 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool) -> int:
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
     saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
-    for part in ("model", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
+    for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
         if saved[part] != now[part]:
             raise UserError(f"--resume: {part} was {saved[part]} in the checkpoint and is {now[part]} now")
     for part, name in (("train", "precision"), ("train", "moments"), ("optim", "name"), ("optim", "in_backward")):
@@ -258,7 +267,11 @@ def train(args: Arguments) -> int:
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state()}
         monitors.last_good = checkpoint.save(out / "checkpoints", iteration, state, cfg.train.keep_last)
-        save_student(out / "student", student_for_use(parts, updates), parts.anchors, cfg, parts.adapter)
+        net = student_for_use(parts, updates)
+        if is_lora(net):
+            save_lora(net, out / "lora" / "pytorch_lora_weights.safetensors")
+            net = merged(net)
+        save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
 
     def look(iteration: int) -> Look:
         result = evaluator.measure(student_for_use(parts, updates), parts.anchors)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.config import Config
+from senseflow.models.lora import load_trained_state, trainable, trained_state
 from senseflow.optim import Ema, apply_if_finite, clip_coefficient, clip_grad_norm_, make_optimizer, scheduled_lr
 from senseflow.steps import Parts
 from senseflow_kernels import HostAdamW, join_fp32
@@ -48,8 +49,8 @@ class Updates:
         t = cfg.train
         self.cfg, self.parts = cfg, parts
         self.params = {
-            "student": list(parts.student.parameters()),
-            "fake": list(parts.fake.parameters()),
+            "student": trainable(parts.student),
+            "fake": trainable(parts.fake),
         }
         if parts.disc is not None:
             self.params["disc"] = list(parts.disc.parameters())
@@ -179,8 +180,8 @@ class Updates:
 
     def state(self) -> dict[str, Any]:
         self.ready()
-        named: dict[str, Any] = {"student": self.parts.student.state_dict()}
-        named["fake"] = self.parts.fake.state_dict()
+        named: dict[str, Any] = {"student": trained_state(self.parts.student)}
+        named["fake"] = trained_state(self.parts.fake)
         if self.parts.disc is not None:
             named["disc"] = self.parts.disc.state_dict()
         named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
@@ -192,8 +193,8 @@ class Updates:
 
     def load(self, state: dict[str, Any]) -> None:
         self.ready()
-        self.parts.student.load_state_dict(state["student"])
-        self.parts.fake.load_state_dict(state["fake"])
+        load_trained_state(self.parts.student, state["student"])
+        load_trained_state(self.parts.fake, state["fake"])
         if self.parts.disc is not None:
             self.parts.disc.load_state_dict(state["disc"])
         for name, optimizer in self.optimizers.items():

@@ -5,20 +5,24 @@ import sys
 
 import pytest
 import torch
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.algo.dmd import dmd_term
 from senseflow.algo.rollout import sample_euler, sample_renoise
 from senseflow.config import UserError
 from senseflow.models import vae as autoencoder
 from senseflow.models.flux import FluxAdapter, pack, unpack
+from senseflow.models.flux2 import Flux2Adapter, patchify, unpatchify
 from senseflow.models.sd3 import SD3Adapter
 from senseflow.models.sdxl import SDXLAdapter
+from senseflow.presets import PRESETS
+from senseflow.steps import text_vector
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS = ["a red apple", "penguin"]
 SIDE = 64
-FAMILIES = ["sd3", "sd3-medium", "flux", "sdxl"]
+FAMILIES = ["sd3", "sd3-medium", "flux", "sdxl", "flux2"]
+KLEIN_MU = 1.94522  # what Flux2KleinPipeline gives 16 tokens in 4 steps
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +31,24 @@ def folders(tmp_path_factory):
     medium = write_sd3(root / "sd3-medium", medium=True)
     return {
         "sd3": write_sd3(root / "sd3"), "sd3-medium": medium, "flux": write_flux(root / "flux"),
-        "sdxl": write_sdxl(root / "sdxl"),
+        "sdxl": write_sdxl(root / "sdxl"), "flux2": write_klein(root / "flux2"),
     }  # fmt: skip
 
 
 def adapter_of(family: str, folders):
     if family == "flux":
         return FluxAdapter(folders[family], SIDE, text_length=32)
+    if family == "flux2":
+        return Flux2Adapter(folders[family], SIDE, KLEIN_MU, text_length=32)
     if family == "sdxl":
         return SDXLAdapter(folders[family], SIDE)
     return SD3Adapter(folders[family], SIDE, text_length=32)
 
 
 def pipeline_of(family: str, folders):
-    cls = {"flux": diffusers.FluxPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
-    pipe = cls.get(family, diffusers.StableDiffusion3Pipeline).from_pretrained(folders[family], local_files_only=True)
+    cls = {"flux": "FluxPipeline", "sdxl": "StableDiffusionXLPipeline", "flux2": "Flux2KleinPipeline"}
+    cls = getattr(diffusers, cls.get(family, "StableDiffusion3Pipeline"))
+    pipe = cls.from_pretrained(folders[family], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -62,6 +69,11 @@ def test_prompts_are_encoded_as_the_pipeline_does(family, folders):
     if family == "flux":
         embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, max_sequence_length=32)
         assert adapter.uncond(2) is None
+    elif family == "flux2":
+        embeds, _ = pipe.encode_prompt(PROMPTS, max_sequence_length=32)
+        close(adapter.uncond(2).embeds, pipe.encode_prompt(["", ""], max_sequence_length=32)[0], "empty prompt")
+        last = embeds[[0, 1], [19 + 11 - 1, 19 + 7 - 1]]  # of 19 tokens of template and the prompt's letters
+        pooled = (last - last.mean(1, keepdim=True)) / (last.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     elif family == "sdxl":
         embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(PROMPTS)
         empty = adapter.uncond(2)
@@ -89,6 +101,11 @@ def pipeline_latents(family, folders, noise, steps, guidance, sigmas=None):
         out = pipe(latents=noise, num_inference_steps=steps, **kwargs).images
         alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]
         return out, [*(1 - alphas.double()).sqrt().tolist(), 0.0]
+    if family == "flux2":  # it hands out the VAE's latents
+        out = pipe(latents=noise, num_inference_steps=steps, sigmas=sigmas, max_sequence_length=32, **kwargs).images
+        bn = pipe.vae.bn
+        mean, std = bn.running_mean.view(1, -1, 1, 1), (bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+        return (patchify(out) - mean) / std.view(1, -1, 1, 1), pipe.scheduler.sigmas.tolist()
     latents = pack(noise) if family == "flux" else noise
     out = pipe(latents=latents, num_inference_steps=steps, sigmas=sigmas, max_sequence_length=32, **kwargs).images
     if family == "flux":
@@ -110,9 +127,10 @@ def test_teacher_sampling_is_the_pipelines(family, folders):
     assert (other - got).norm() > 1e-3 * got.norm()  # guidance does act
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "flux2"])
 def test_student_in_four_steps_is_the_pipelines(family, folders):
-    """Euler at the training anchors: SD 3.5 with sigmas=[1, .75, .5, .25] and guidance 1 under its shift 3."""
+    """Euler at the training anchors: SD 3.5 with sigmas=[1, .75, .5, .25] and guidance 1 under its shift 3; FLUX.2
+    [klein] with 4 steps and guidance 1, nothing more."""
     adapter = adapter_of(family, folders)
     net = adapter.load_network(torch.float32)
     noise, cond = normal((2, *adapter.latent_shape)), adapter.encode_prompts(PROMPTS)
@@ -120,6 +138,10 @@ def test_student_in_four_steps_is_the_pipelines(family, folders):
         want, sigmas = pipeline_latents(family, folders, noise, 4, 1.0, [1, 0.75, 0.5, 0.25])
         assert sigmas[:4] == pytest.approx(adapter.schedule.anchors(4), abs=1e-7)
         got = sample_euler(adapter, net, noise, [*adapter.schedule.anchors(4), 0.0], cond)
+    elif family == "flux2":
+        want, sigmas = pipeline_latents(family, folders, noise, 4, 1.0)
+        assert sigmas[:4] == pytest.approx(adapter.schedule.anchors(4), abs=1e-5)  # mu is given to five digits
+        got = sample_euler(adapter, net, noise, sigmas, cond)
     else:
         student = adapter.student_of(net)
         pipe = pipeline_of(family, folders)
@@ -175,11 +197,51 @@ def test_flux_student_has_no_guidance_embedding(folders):
         close(adapter.predict(student, x, sigma, cond), adapter.predict(teacher, x, sigma, cond, sigma), "velocity")
 
 
+def test_disc_text_is_clip_l_alone(folders):
+    """disc.text clip-l: the first encoder's own vector, by transformers. The other families have none, and say so."""
+    for family, encode in (
+        ("sd3", lambda pipe, ids: pipe.text_encoder(ids).text_embeds),
+        ("flux", lambda pipe, ids: pipe.text_encoder(ids).pooler_output),
+    ):
+        adapter, pipe = adapter_of(family, folders), pipeline_of(family, folders)
+        cond = adapter.encode_prompts(PROMPTS)
+        ids = pipe.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            close(text_vector(adapter, "clip-l", cond), encode(pipe, ids), family)
+        assert text_vector(adapter, "pooled", cond) is cond.pooled
+    assert cond.pooled.shape[1] == 16 and adapter_of("sd3", folders).encode_prompts(PROMPTS).pooled.shape[1] == 32
+    assert adapter_of("sd3", folders).clip_width == 768  # before any prompt: the published width
+    with pytest.raises(UserError, match=r"disc\.text = 'clip-l': this family's conditioning has no CLIP"):
+        text_vector(adapter_of("sdxl", folders), "clip-l", cond)
+
+
+def test_klein_preset_has_the_pipelines_own_shifts():
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    preset = PRESETS["flux2-klein"]()
+    assert preset.model.shift == pytest.approx(compute_empirical_mu(4096, 4), abs=1e-5)
+    assert preset.eval.teacher_shift == pytest.approx(compute_empirical_mu(4096, 50), abs=1e-5)
+    assert pytest.approx(compute_empirical_mu(16, 4), abs=1e-4) == KLEIN_MU
+
+
+def test_what_is_no_klein_teacher(tmp_path, folders):
+    distilled = Flux2Adapter(write_klein(tmp_path / "distilled", distilled=True), SIDE, text_length=32)
+    with pytest.raises(UserError, match=r"distilled checkpoint: allowed are FLUX\.2 \[klein\] base"):
+        distilled.encode_prompts(PROMPTS)
+    folder = tmp_path / "distilled" / "transformer"
+    net = diffusers.Flux2Transformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+    diffusers.Flux2Transformer2DModel.from_config({**net.config, "guidance_embeds": True}).save_pretrained(folder)
+    with pytest.raises(UserError, match="embeds its guidance"):
+        distilled.load_network(torch.float32)
+
+
 def test_packing_is_the_pipelines():
     x = normal((2, 16, 6, 10))
     want = diffusers.FluxPipeline._pack_latents(x, 2, 16, 6, 10)
     assert torch.equal(pack(x), want)
     assert torch.equal(unpack(want, 6, 10), x)
+    want = diffusers.Flux2KleinPipeline._patchify_latents(x)
+    assert torch.equal(patchify(x), want) and torch.equal(unpatchify(want), x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,18 +252,23 @@ def test_latents_and_pixels(family, folders):
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
     config = pipe.vae.config
-    want = (posterior.mean + posterior.std * noise - (config.shift_factor or 0)) * config.scaling_factor
+    if family == "flux2":
+        z = posterior.mean + posterior.std * unpatchify(noise)
+        bn = pipe.vae.bn.eval()  # in inference it normalises by the statistics it holds
+        want = bn(pipe._patchify_latents(z))
+    else:
+        z = posterior.mean + posterior.std * noise
+        want = (z - (config.shift_factor or 0)) * config.scaling_factor
     latents = adapter.encode(pixels, noise)
     close(latents, want, "encode")
     latents.requires_grad_()
     decoded = adapter.decode(latents)
     with torch.no_grad():
-        z = want / config.scaling_factor + (config.shift_factor or 0)
         close(decoded, pipe.vae.decode(z, return_dict=False)[0], "decode")
     decoded.sum().backward()
     assert latents.grad is not None and latents.grad.abs().max() > 0
     assert all(p.grad is None for p in adapter.vae.parameters())
-    assert autoencoder.downsampling(adapter.vae) == 8
+    assert autoencoder.downsampling(adapter.vae) == (16 if family == "flux2" else 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,11 +1,10 @@
 """The benchmark's formulas equal ours, its clock is the device's, its report says what a file holds."""
 
 import json
-import shutil
-import subprocess
 
 import pytest
 import torch
+from bench_rows import ROWS, result, row
 
 from bench import (
     harness,
@@ -93,23 +92,6 @@ def test_a_round_moves_the_clock_by_one_call() -> None:
     a_round()
     assert len(calls) - done == calls_a_round
     assert 0 < harness.clock() - before < 1
-
-
-def row(form: str, kind: str, us: float, **other) -> dict:
-    base = dict(op="score gradient fwd+bwd", case="flow 16x128x128 bf16 b=1", mode="graph", rounds=50, bytes=3_145_728)
-    return base | dict(form=form, kind=kind, median_s=us * 1e-6, iqr_s=1e-7, launches=3, fused_launches=2, error=1e-7,
-                       tolerance=1e-6) | other  # fmt: skip
-
-
-def result(device_type: str, rows: list[dict], **other) -> dict:
-    environment = dict(device="Some device", device_type=device_type, commit="0123456789", time="2026-01-02T03:04:05")
-    return dict(format=1, partial=False, environment=environment | other, rows=rows, skipped=[])
-
-
-ROWS = [
-    row("copy_", "copy", 1000, op="copy", case="2048 MiB", mode="call", bytes=2_000_000_000),
-    row("ours", "ours", 5), row("DMD2", "eager", 100), row("rcm", "eager", 60), row("compile", "compile", 6),
-]  # fmt: skip
 
 
 def test_report(tmp_path, capsys) -> None:
@@ -202,27 +184,12 @@ def test_a_bad_file_is_one_line(text: str, says: str, tmp_path, capsys) -> None:
 
 
 def test_newest_takes_whole_runs_first(tmp_path, monkeypatch) -> None:
-    path = harness.save(ROWS, [], partial=False, folder=tmp_path)
-    again = harness.save(ROWS, [], partial=True, folder=tmp_path)
+    path = harness.save(ROWS, [], folder=tmp_path)
+    again = harness.save(ROWS, [], stopped=True, folder=tmp_path)
     assert path.parent == again.parent == tmp_path / harness.device_slug() and path != again
     assert report.load(path)["environment"]["torch"] == torch.__version__
     assert report.newest(tmp_path) == [path]
     assert report.newest(tmp_path / "nothing") == []
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_gpu_does_all_of_it_and_names_what_failed(tmp_path) -> None:
-    """With a stand-in for Python and for compute-sanitizer: benchmarks that fail do not hide the sanitizer's word."""
-    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *"pytest bench"*) exit 3;; *"-m gpu"*) exit 5;; esac\n')
-    (tmp_path / "sanitizer").write_text('#!/bin/sh\necho "checked $2 $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
-    for file in tmp_path.iterdir():
-        file.chmod(0o755)
-    command = ["make", "gpu", f"PYTHON={tmp_path}/python", f"SANITIZER={tmp_path}/sanitizer"]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
-    assert all(f"checked {tool} 1" in done.stdout for tool in ("memcheck", "racecheck", "synccheck"))
-    assert done.returncode and "gpu: failed: bench\n" in done.stdout
-    done = subprocess.run(["make", "sanitize", "SANITIZER=none"], cwd=harness.ROOT, capture_output=True, text=True)
-    assert done.returncode and done.stdout == "sanitize: no none here, so nothing was checked\n"
 
 
 def test_precision_demonstration():

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 
+from senseflow import train
 from senseflow.config import UserError
 from senseflow.presets import PRESETS
 from senseflow.sample import load_student
@@ -14,7 +15,7 @@ from senseflow.train import main
 
 diffusers = pytest.importorskip("diffusers")
 WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write_sd3, "flux-dev": write_flux,
-         "sdxl": write_sdxl}  # fmt: skip
+         "sdxl": write_sdxl, "flux2-klein": write_klein}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "data.batch=2", "train.gen_every=1", "log.every=1",
     "log.tensorboard=false", "log.progress=false", "eval.grid=2", "eval.teacher_steps=2", "eval.every=100",
@@ -27,6 +28,11 @@ SMALL = [f"--{setting}" for setting in (
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     return {preset: write(root / preset) for preset, write in WRITE.items()}
+
+
+@pytest.fixture(autouse=True)
+def _pictures(monkeypatch):
+    monkeypatch.setattr(train, "load_variants", few_pictures, raising=False)
 
 
 def run(preset, folders, out, *more):

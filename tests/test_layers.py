@@ -12,9 +12,10 @@ FLOORS = {
     0: "senseflow_kernels senseflow senseflow.config",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
-    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics",
+    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
     3: "senseflow.algo",
-    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.sample senseflow.export",
+    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
+    " senseflow.model_card senseflow.parity senseflow.export",
     5: "senseflow.evaluate senseflow.prepare senseflow.pretrain",
     6: "senseflow.train",
     7: "senseflow.ablate",

@@ -137,6 +137,45 @@ def test_hugging_face_checkpoint_loads_and_agrees(tmp_path):
         torch.testing.assert_close(found, truth, rtol=0, atol=float(4 * 512**0.5 * EPS * truth.std()))
 
 
+def test_timm_checkpoint_loads_and_agrees(tmp_path, monkeypatch):
+    """A small ViT of the class behind timm's vit_large_patch14_dinov2.lvd142m: taps, by file and by timm's name."""
+    timm = pytest.importorskip("timm")
+    import huggingface_hub
+    from safetensors.torch import save_file
+
+    from senseflow.config import UserError
+    from senseflow.models.vfm import find_dinov2, load_dinov2
+
+    net = timm.models.VisionTransformer(
+        img_size=56, patch_size=14, embed_dim=128, depth=4, num_heads=2, init_values=1e-5, num_classes=0
+    ).eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / max(p[0].numel(), 1) ** 0.5)
+    file = tmp_path / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, file)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: asked.append(a) or str(file))
+    mine = find_dinov2("vit_large_patch14_dinov2")
+    assert asked == [("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors")]
+    x = picture(56)
+    got = mine.features(x, (-1, 0, 3), None)
+    norm = (x * 0.5 + 0.5 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(1, 3, 1, 1)
+    with torch.no_grad():
+        tokens = [net.patch_drop(net._pos_embed(net.patch_embed(norm)))]
+        for block in net.blocks:
+            tokens.append(block(tokens[-1]))
+    for found, want in zip(got, (tokens[0], tokens[1], tokens[4]), strict=True):
+        want = (want[:, 1:] + want[:, :1]).mT.unflatten(2, (4, 4))
+        assert (found.double() - want.double()).norm() <= 1e-5 * want.double().norm()
+    save_file({**net.state_dict(), "reg_token": torch.zeros(1, 4, 128)}, file)
+    with pytest.raises(UserError, match="register tokens"):
+        load_dinov2(file)
+
+
 def test_unreadable_dinov2_is_one_line(tmp_path):
     from safetensors.torch import save_file
 

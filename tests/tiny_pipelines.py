@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
 
 WORDS = ["red", "apple", "a", "photo", "of", "penguin", "blue", "star"]
+
+
+@cache
+def few_pictures(canvas: int = 32):
+    """`load_variants` of 16 pictures: a tiny text encoder takes seconds for the captions of all 311."""
+    from senseflow.data.emoji import default_names, load_variants
+
+    return load_variants(default_names()[:16], canvas)
 
 
 def clip_tokenizer(folder: Path, length: int = 77):
@@ -140,5 +149,56 @@ def write_sdxl(folder: Path) -> Path:
     StableDiffusionXLPipeline(
         unet=net, scheduler=scheduler, vae=vae, text_encoder=one, tokenizer=tok, text_encoder_2=two, tokenizer_2=tok,
         force_zeros_for_empty_prompt=True, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def qwen_tokenizer(folder: Path):
+    """A Qwen tokenizer over single letters, with a chat template."""
+    from transformers import Qwen2TokenizerFast
+
+    pieces = [*(chr(c) for c in range(97, 123)), "\u0120", "\u010a", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def write_klein(folder: Path, distilled: bool = False) -> Path:
+    """Flux2KleinPipeline as FLUX.2 [klein] base has it; its text is read at layers 9, 18 and 27."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    net = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, guidance_embeds=False, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=32,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=64
+    )
+    text = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+    ))  # fmt: skip
+    for seed, part in enumerate((net, vae, text)):
+        spread(part, seed)
+    g = torch.Generator().manual_seed(7)
+    vae.bn.running_mean.copy_(torch.randn(16, generator=g))
+    vae.bn.running_var.copy_(torch.rand(16, generator=g) + 0.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    Flux2KleinPipeline(
+        transformer=net, scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=qwen_tokenizer(folder / "words"),
+        is_distilled=distilled,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -161,6 +161,9 @@ def paired(name: str, tensors: Sequence[Any], phi: Sequence[Any]) -> list[Any]:
     if len(tensors) != len(phi):
         raise ValueError(f"phi has {len(phi)} tensors, {name} {len(tensors)}")
     for i, (p, t) in enumerate(zip(phi, tensors, strict=True)):
+        for whose, found in (("phi", p), (name, t)):
+            if not isinstance(found, Tensor) and found is not None:
+                raise ValueError(f"tensor {i}: {whose} must be a list of tensors, here is a {type(found).__name__}")
         if not p.is_floating_point():
             raise ValueError(f"tensor {i}: phi must be of a floating dtype, got {p.dtype}")
         if t is None:

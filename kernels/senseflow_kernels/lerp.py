@@ -99,8 +99,7 @@ def _kernel(
     WIDE: addresses are multiples of 16 bytes and starts multiples of 8. Then a full chunk is done without a mask: one
     by a length known at run time alone would cut every load down to one element.
     """
-    # The interpreter leaves a number in fp64.
-    weight, ema_weight = tl.cast(weight, tl.float32), tl.cast(ema_weight, tl.float32)
+    weight, ema_weight = tl.cast(weight, tl.float32), tl.cast(ema_weight, tl.float32)  # fp64 in the interpreter
     if lam_ptr is not None:
         weight = (1.0 - tl.load(lam_ptr)).to(tl.float32)
     if not EMA:  # noqa: SIM102  known at compile time, and so not part of the branch
@@ -227,8 +226,7 @@ def _run(
 
 def _csrc_tables(group: Group) -> list[Table]:
     lists = dict(phi=group.phi, phi_low=group.low, theta=group.theta, theta_low=group.theta_low, ema=group.ema)
-    rows = _ext.rows_of(lists, ("phi",) if group.random else (), group.ids, group.starts)
-    device = group.phi[0].device
+    rows, device = _ext.rows_of(lists, ("phi",) * group.random, group.ids, group.starts), group.phi[0].device
     return [Table(rows.to(device), rows if device.type == "cpu" else _ext.map_of(rows).to(device), True)]
 
 
@@ -259,7 +257,7 @@ def _op(
     ema: Sequence[Tensor], random: bool, seed: int, ids: Sequence[int], starts: Sequence[int],
     lam: Tensor | None, weight: float, ema_weight: float, step: Tensor | None,
 ) -> None:  # fmt: skip
-    # The compiler may pass copies, so the plan's tables would be wrong: they are looked up by address.
+    # no tables: the compiler may pass copies, of other addresses
     _run(Group(phi, theta, low, theta_low, ema, random, seed, ids, starts), None, lam, weight, ema_weight, step)
 
 
@@ -282,9 +280,11 @@ def _step(
 
 
 def _weight(lam: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """(lam on the device, unused) to be read there at run time, or (None, 1 - lam)."""
-    if not isinstance(lam, Tensor):
+    """(lam on the device, unused), read there at run time, or (None, 1 - lam)."""
+    if not isinstance(lam, Tensor) and 0 <= lam <= 1:
         return None, 1.0 - float(lam)
+    if not isinstance(lam, Tensor):
+        raise ValueError(f"lam must be in [0, 1], got {lam}")
     if lam.numel() != 1:
         raise ValueError(f"lam must be a number or a tensor of one element, got shape {tuple(lam.shape)}")
     scalar: Tensor = lam.detach().reshape(())
@@ -297,10 +297,10 @@ def _weight(lam: float | Tensor, device: torch.device) -> tuple[Tensor | None, f
 
 @torch.no_grad()
 def lerp_(phi: Iterable[Tensor], theta: Iterable[Tensor], lam: float | Tensor) -> None:
-    """Moves every phi in place: fp32 arithmetic, one rounding to phi's dtype. lam: number or 0-d tensor.
+    """Moves every phi in place: fp32 arithmetic, one rounding to phi's dtype. lam: a number in [0, 1] or 0-d tensor.
 
     lam = 1 leaves phi bit for bit. Any strides and floating dtypes; DTensors by their local part. Gathers every address
-    at each call, `Lerp` once. Raises ValueError where lengths, shapes or devices differ, or phi has a tensor twice.
+    at each call, `Lerp` once. Raises ValueError for other lengths, shapes, devices or lam, or a tensor twice in phi.
     """
     phi = [*phi]
     local_theta, phi = paired("theta", [*theta], phi), [local(p) for p in phi]

@@ -177,38 +177,43 @@ def _finish(
     partial_ptr, norm_ptr, rms_ptr, loss_ptr, count, batch, blocks, plane, eps,
     PER_BATCH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """From the partials alone: normaliser, rms of g and the loss, always summed in the same order."""
+    """From the partials alone: normaliser, rms of g and the loss, always summed in the same order.
+
+    div_rn: a plain `/` of fp32 is off by two ulps on a GPU, which the loss would take several times over.
+    """
     slots = tl.arange(0, SLOTS)
     keep = slots < blocks
+    samples = tl.cast(batch, tl.float32)
     mean = 0.0
     if PER_BATCH:
         at = partial_ptr + slots
         i = tl.cast(0, tl.int32)
         while i < batch:
-            mean += total(tl.load(at, keep, other=0.0, cache_modifier=".cg")) / count
+            mean += tl.div_rn(total(tl.load(at, keep, other=0.0, cache_modifier=".cg")), count)
             at += blocks
             i += 1
-        mean = mean / batch
+        mean = tl.div_rn(mean, samples)
     loss = 0.0
     at = partial_ptr + slots
     i = tl.cast(0, tl.int32)
     while i < batch:
-        norm = total(tl.load(at, keep, other=0.0, cache_modifier=".cg")) / count
+        norm = tl.div_rn(total(tl.load(at, keep, other=0.0, cache_modifier=".cg")), count)
         if PER_BATCH:
             norm = mean
         tl.store(norm_ptr + i, norm)
         below = norm + eps
         top = tl.load(at + plane, keep, other=0.0, cache_modifier=".cg")
         squares = tl.load(at + 2 * plane, keep, other=0.0, cache_modifier=".cg")
-        ratio = top / below
+        ratio = tl.div_rn(top, tl.full([SLOTS], 1.0, tl.float32) * below)
         part = total(tl.where(squares == 0.0, 0.0, squares * ratio * ratio))
         # nan_to_num(diff / NaN) and diff / inf are 0 everywhere
         part = tl.where((below != below) | (below == float("inf")), 0.0, part)
-        tl.store(rms_ptr + i, tl.sqrt(part / count))
-        loss += part / count
+        part = tl.div_rn(part, count)
+        tl.store(rms_ptr + i, tl.sqrt_rn(part))
+        loss += part
         at += blocks
         i += 1
-    tl.store(loss_ptr, 0.5 * loss / batch)
+    tl.store(loss_ptr, tl.div_rn(0.5 * loss, samples))
 
 
 @jit

@@ -94,12 +94,17 @@ def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return net.float() if dtype == torch.float32 else net.bfloat16()
 
 
-def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
-    """What the middle one of `blocks` returns as element `stream` while `forward` runs."""
-    caught: list[Tensor] = []
-    hook = blocks[len(blocks) // 2].register_forward_hook(lambda _m, _i, out: caught.append(out[stream]))
+def middle_output(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> Any:
+    """What the middle one of `blocks` returns while `forward` runs."""
+    caught: list[Any] = []
+    hook = blocks[len(blocks) // 2].register_forward_hook(lambda _m, _i, out: caught.append(out))
     try:
         forward()
     finally:
         hook.remove()
     return caught[0]
+
+
+def middle_tokens(blocks: Sequence[nn.Module], forward: Callable[[], object], stream: int) -> Tensor:
+    """Element `stream` of what the middle one of `blocks` returns while `forward` runs."""
+    return middle_output(blocks, forward)[stream]

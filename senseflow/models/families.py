@@ -40,8 +40,14 @@ def _sdxl(model: Model, source: str, device: torch.device) -> Any:
     return SDXLAdapter(source, model.side, compute(model, device), device)
 
 
+def _flux2(model: Model, source: str, device: torch.device) -> Any:
+    from senseflow.models.flux2 import Flux2Adapter
+
+    return Flux2Adapter(source, model.side, model.shift, model.text_length or 512, compute(model, device), device)
+
+
 FAMILIES: dict[str, Callable[[Model, str, torch.device], Any]] = {
-    "embedded": _embedded, "sd35": _sd3, "flux": _flux, "sdxl": _sdxl,
+    "embedded": _embedded, "sd35": _sd3, "flux": _flux, "sdxl": _sdxl, "flux2": _flux2,
 }  # fmt: skip
 FUSED = ("embedded", "sd35", "flux")  # whose networks are MMDiTs that `fuse_mmdit` knows; SDXL's is a U-Net
 

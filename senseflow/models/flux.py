@@ -14,6 +14,7 @@ from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, in_dtype, middle_tokens
 from senseflow.models.loading import load_component, load_pipeline_shell
+from senseflow.models.lora import shared_copy
 
 
 def pack(x: Tensor) -> Tensor:
@@ -74,6 +75,35 @@ class FluxAdapter:
         kept = {k: v for k, v in teacher.state_dict().items() if ".guidance_embedder." not in k}
         net.load_state_dict(kept)
         return net.eval().requires_grad_(True)
+
+    @torch.no_grad()
+    def lora_base(self, teacher: Any, guidance: float) -> nn.Module:
+        """What the LoRA of student and fake stands on: the teacher at one guidance, on its very tensors.
+
+        The embedding of a constant guidance is a constant vector: it joins the bias that ends the time embedding, a
+        tensor of its own here, and the network needs no guidance any more. So student and fake start as the teacher
+        at that guidance, and the LoRA does in FLUX.1-dev itself, called with guidance_scale = guidance, what it did
+        here. Without the embedding they would start away from anything the teacher is, and a LoRA does not reach the
+        time embedding.
+        """
+        from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+
+        net = shared_copy(teacher)
+        if not teacher.config.guidance_embeds:
+            return net
+        old, width = net.time_text_embed, net.inner_dim
+        with torch.device("meta"):
+            new: Any = CombinedTimestepTextProjEmbeddings(width, teacher.config.pooled_projection_dim)
+        for part in ("time_proj", "timestep_embedder", "text_embedder"):
+            setattr(new, part, getattr(old, part))
+        last = new.timestep_embedder.linear_2
+        # in the network's dtype and times 1000 after the rounding to it, as diffusers does: bf16 makes 3500 to 3504
+        w = torch.tensor([guidance], dtype=last.bias.dtype, device=last.bias.device) * 1000
+        constant = old.guidance_embedder(old.time_proj(w).to(last.bias.dtype))[0]
+        last.bias = nn.Parameter(last.bias + constant, requires_grad=False)
+        net.time_text_embed = new
+        net.register_to_config(guidance_embeds=False)
+        return net
 
     def blocks(self, net: Any) -> list[nn.Module]:
         """What is sharded, compiled or checkpointed by itself."""
@@ -137,6 +167,10 @@ class FluxAdapter:
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_length
         )
         return Condition(embeds, pooled)
+
+    def clip_l(self, cond: Condition) -> Tensor:
+        """CLIP ViT-L/14's text vector [B, 768], before its projection: all of cond.pooled."""
+        return cond.pooled
 
     def uncond(self, batch: int) -> None:
         """None: guidance is an input of the teacher, not a second forward."""

@@ -39,7 +39,7 @@ class SD3Adapter:
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
         down = autoencoder.downsampling(self.vae)
         self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
-        self._text: Any = None
+        self.clip_width = 768
         self._empty: Condition | None = None
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -94,7 +94,12 @@ class SD3Adapter:
             prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )  # fmt: skip
+        self.clip_width = self.text.text_encoder.config.projection_dim
         return Condition(embeds, pooled)
+
+    def clip_l(self, cond: Condition) -> Tensor:
+        """CLIP ViT-L/14's projected text vector [B, 768], which cond.pooled begins with; CLIP-G's follows."""
+        return cond.pooled[:, : self.clip_width]
 
     def uncond(self, batch: int) -> Condition:
         """The encoded empty prompt, `batch` times."""

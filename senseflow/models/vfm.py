@@ -122,10 +122,13 @@ def load_dinov2_small() -> DinoV2:
 
 
 def find_dinov2(name: str) -> DinoV2:
-    """The backbone of disc.backbone: '' is the embedded ViT-S/14; else a folder, a file, or a hub id such as
-    `facebook/dinov2-large`, whose local cache is looked at first. Raises UserError when it is not to be had."""
+    """The backbone of disc.backbone: '' is the embedded ViT-S/14; else a folder, a file, a hub id such as
+    `facebook/dinov2-large`, or a timm name such as `vit_large_patch14_dinov2.lvd142m`. The hub's local cache is looked
+    at first. Raises UserError when it is not to be had."""
     if not name:
         return load_dinov2_small()
+    if not Path(name).exists() and re.fullmatch(r"vit_\w+_dinov2(\.\w+)?", name):
+        name = f"timm/{name if '.' in name else name + '.lvd142m'}"
     if Path(name).exists() or name.count("/") != 1:
         return load_dinov2(name)
     from huggingface_hub import hf_hub_download
@@ -141,7 +144,7 @@ def find_dinov2(name: str) -> DinoV2:
 
 
 def load_dinov2(path: str | Path) -> DinoV2:
-    """A DINOv2 from a Hugging Face folder or `model.safetensors` (Dinov2Model), fp32, CPU.
+    """A DINOv2 from a folder or `model.safetensors` with the names of transformers (Dinov2Model) or timm, fp32, CPU.
 
     Raises UserError when the file is missing, unreadable, or no DINOv2 with a plain GELU MLP.
     """
@@ -197,7 +200,9 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _from_state(state: Mapping[str, Tensor], prefix: str) -> DinoV2:
-    """Network from a state dict with the names of Hugging Face's Dinov2Model; else KeyError."""
+    """Network from a state dict with the names of Hugging Face's Dinov2Model or of timm; else KeyError."""
+    if "patch_embed.proj.weight" in state:
+        state = _from_timm(state)
     state = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
     position = state["embeddings.position_embeddings"]
     patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
@@ -224,6 +229,30 @@ def _from_state(state: Mapping[str, Tensor], prefix: str) -> DinoV2:
                 ours[f"blocks.{n}.{name}.{part}"] = value * factor
     net.load_state_dict(ours)
     return net
+
+
+def _from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's and Meta's own names under those of Dinov2Model: queries, keys and values lie in one matrix there."""
+    if any(k.startswith("reg_token") or "register_tokens" in k for k in state):
+        raise KeyError("register tokens, which this network has not")
+    found = {
+        "embeddings.position_embeddings": state["pos_embed"],
+        "embeddings.cls_token": state["cls_token"],
+    }
+    for part in ("weight", "bias"):
+        found[f"embeddings.patch_embeddings.projection.{part}"] = state[f"patch_embed.proj.{part}"]
+    for n in range(len({k.split(".")[1] for k in state if k.startswith("blocks.")})):
+        old, new = f"blocks.{n}.", f"encoder.layer.{n}."
+        for part in ("weight", "bias"):
+            heads = state[f"{old}attn.qkv.{part}"].chunk(3)
+            for name, value in zip(("query", "key", "value"), heads, strict=True):
+                found[f"{new}attention.attention.{name}.{part}"] = value
+            found[f"{new}attention.output.dense.{part}"] = state[f"{old}attn.proj.{part}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                found[f"{new}{name}.{part}"] = state[f"{old}{name}.{part}"]
+        for i in (1, 2):
+            found[f"{new}layer_scale{i}.lambda1"] = state[f"{old}ls{i}.gamma"]
+    return found
 
 
 def _resize_short(pixels: Tensor, size: int | None) -> Tensor:

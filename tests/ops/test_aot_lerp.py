@@ -1,5 +1,7 @@
 """The lerp kernel compiled for sm_80 and sm_90: 128-bit loads and stores, nothing spilled, registers in bounds."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -51,3 +53,12 @@ def test_vectors_and_registers(reports, arch, name):
     assert report.local == report.stack == 0 and "ld.local" not in report.ptx
     assert report.registers <= 64
     assert report.shared <= 8192  # bf16 beside fp32 changes layout through it
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_offsets_are_64_bit(reports, arch, name):
+    """A chunk's number times CHUNK is a product of 64 bits; within a tile int32 is enough."""
+    ptx, chunk = reports[arch, name].ptx, 4 * BLOCK
+    assert not re.search(rf"(mul|mad)\.lo\.[su]32[^;]*, {chunk};|shl\.b32[^;]*, {chunk.bit_length() - 1};", ptx)
+    assert re.search(rf"mul\.wide\.[su]32[^;]*, {chunk};|shl\.b64[^;]*, {chunk.bit_length() - 1};", ptx)

@@ -243,6 +243,28 @@ def test_nothing_beyond_a_tensor_is_written(mode):
             assert torch.equal(t, b)
 
 
+@fused
+@pytest.mark.parametrize("mode", MODES)
+def test_offsets_beyond_2_to_the_31(mode):
+    """A tensor that by its table begins 2^33 elements before what is there of it, and a map with its last chunk alone:
+    without 64 GB the kernel's own arithmetic must find the place, and random numbers their element."""
+    first, n = 2**33, 200
+    p, phi, low = plan(mode, [(n,)], torch.bfloat16, starts=[first], seed=5)
+    q, expected, expected_low = plan(mode, [(n,)], torch.bfloat16, starts=[first], seed=5)
+    with _launch.torch_path():
+        q.step(0.9)
+    ((table,),) = ([*some] for some in p._tables)
+    rows = table.rows.clone()
+    sizes = [phi[0].element_size(), 2, 2]  # of phi, low, theta: all but the low half of fp32 are there
+    for field, size in enumerate(sizes):
+        rows[:, field] -= size * first
+    rows[:, 5:7] += torch.tensor([first, -first], device=DEVICE)  # its elements, and where it starts
+    chunk = torch.tensor([[0, first // lerp.CHUNK]], dtype=torch.int32, device=DEVICE)
+    with _launch.strict():
+        lerp._run(p._groups[0], [lerp.Table(rows, chunk, table.wide)], None, 1 - 0.9, 0.0, p.count)
+    assert same([*phi, *[t.float() for t in low]], [*expected, *[t.float() for t in expected_low]])
+
+
 def test_stochastic_kernel_keeps_a_finite_value_finite():
     """Between bf16's largest value and fp32's, where rounding up is infinite."""
     phi = [torch.full((256,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, device=DEVICE)]
@@ -398,6 +420,15 @@ def test_errors():
         lerp_([fp32], [fp32], torch.zeros(2))
     with pytest.raises(ValueError, match="twice"):
         lerp_([fp32, fp32], [half, half], 0.5)
+    for lam in (1.5, -0.1, torch.nan):
+        with pytest.raises(ValueError, match=rf"lam must be in \[0, 1\], got {lam}"):
+            lerp_([fp32], [fp32.clone()], lam)
+    net = torch.nn.Linear(2, 2, device=DEVICE)
+    for named, kind in ((net.state_dict(), "str"), (net.named_parameters(), "tuple")):
+        with pytest.raises(ValueError, match=f"tensor 0: phi must be a list of tensors, here is a {kind}"):
+            lerp_(named, net.parameters(), 0.5)
+    with pytest.raises(ValueError, match="tensor 1: theta must be a list of tensors, here is a float"):
+        lerp_([fp32, half], [fp32.clone(), 0.5], 0.5)
     lerp_([], [], 0.5)
 
 

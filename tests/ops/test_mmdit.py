@@ -44,19 +44,20 @@ TINY = dict(batch=2, text=2, height=1, width=3)  # for the interpreter, which ta
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_kernels(name):
+def test_kernels(name, device):
     model = build(name, **ONE_OF_EACH[name])
     truth = results(copy.deepcopy(model).double(), FP64, **TINY)
-    assert_close(results(fuse_mmdit(model), FP32, kernels=True, **TINY), truth)
+    assert_close(results(fuse_mmdit(model.to(device)), FP32, kernels=True, **TINY), truth)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_launches(name):
+def test_launches(name, device):
     """As many as the blocks' structure says: no form of a block leaves the kernels unnoticed."""
-    model = fuse_mmdit(build(name))
+    model = fuse_mmdit(build(name)).to(device)
+    inputs = inputs_of(model, FP32, batch=1, text=1, height=1, width=1)
     launches.clear()
     with torch.no_grad():
-        model(**inputs_of(model, FP32, batch=1, text=1, height=1, width=1))
+        model(**{name: t.to(device) for name, t in inputs.items()})
     assert launches == dict(zip(("modulate", "joint_qkv"), LAUNCHES[name], strict=True))
 
 
@@ -118,10 +119,10 @@ def test_compiled_blocks(name):
     assert_close(results(model, FP32), plain, 1e-6)
 
 
-def test_compiled_kernels():
+def test_compiled_kernels(device):
     """Through the registered operations, not around them."""
     torch._dynamo.reset()
-    model = build("FLUX dev", num_layers=0)
+    model = build("FLUX dev", num_layers=0).to(device)
     plain = results(model, FP32, **TINY)
     launches.clear()
     assert_close(results(fuse_mmdit(model, compile="aot_eager"), FP32, kernels=True, **TINY), plain)

@@ -1,0 +1,200 @@
+"""Whole iterations side by side: `python -m bench.step [PRESET] [--iterations N] [--json FILE] [--any.field VALUE]`.
+
+Every form trains its own copy of the same weights on the same batches and draws, in turns within one process, so a
+form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
+Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
+off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bench.harness import environment
+from bench.released import ReleasedLoop, Switches
+from senseflow.cli import parse
+from senseflow.config import UserError
+from senseflow.logs import print_table
+from senseflow.steps import Parts, encoded
+from senseflow.train import build, iterate
+from senseflow.updates import Updates
+
+Iterate = Callable[[Any, int], dict[str, Any]]
+LEAN = Switches(own_features_of_r=False, look_always=False, per_parameter=False, read_back=False, fused_adamw=True)
+
+
+class Counted:
+    """An adapter that counts network calls by name, in pictures (a batch of two per sample is two)."""
+
+    def __init__(self, parts: Parts):
+        self.adapter, self.counts = parts.adapter, Counter()
+        self.names = {id(parts.student): "student", id(parts.fake): "fake", id(parts.teacher): "teacher"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.adapter, name)
+
+    def predict(self, net: Any, x: Any, *rest: Any) -> Any:
+        self.counts[self.names[id(net)]] += len(x)
+        return self.adapter.predict(net, x, *rest)
+
+    def decode(self, latents: Any) -> Any:
+        self.counts["decode"] += len(latents)
+        return self.adapter.decode(latents)
+
+
+class CountedBackbone(torch.nn.Module):
+    """The frozen backbone, its passes counted in pictures."""
+
+    def __init__(self, vfm: Any, counts: Counter):
+        super().__init__()
+        self.vfm, self.counts = vfm, counts
+
+    def features(self, pixels: Any, *rest: Any) -> Any:
+        self.counts["backbone"] += len(pixels)
+        return self.vfm.features(pixels, *rest)
+
+
+def own_copy(parts: Parts, frozen_too: bool = False) -> tuple[Parts, Counter]:
+    """parts with student, fake and D of its own, the frozen networks shared (or not), and what counts its calls."""
+    mine = replace(
+        parts, student=copy.deepcopy(parts.student), fake=copy.deepcopy(parts.fake), disc=copy.deepcopy(parts.disc)
+    )
+    if frozen_too:
+        mine.teacher, mine.vfm = copy.deepcopy(parts.teacher), copy.deepcopy(parts.vfm)
+    counted: Any = Counted(mine)
+    mine.adapter = counted
+    if mine.vfm is not None:
+        mine.vfm = CountedBackbone(mine.vfm, counted.counts)
+    return mine, counted.counts
+
+
+def compiled(parts: Parts) -> None:
+    """torch.compile of each transformer block and of the backbone's blocks, in place."""
+    vfm: Any = parts.vfm
+    nets = [parts.adapter.blocks(net) for net in (parts.student, parts.fake, parts.teacher)]
+    for blocks in [*nets, vfm.vfm.blocks if vfm is not None else ()]:
+        for block in blocks:
+            block.compile()
+
+
+def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
+    """Name -> (one iteration, its counts). Raises UserError for a name that is none."""
+    recipes: dict[str, Switches | None] = {"ours": None, "released": Switches()}
+    for f in fields(Switches):
+        value = not getattr(Switches(), f.name)
+        recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
+    recipes["tuned"] = LEAN
+    known = list(recipes)
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--only {unknown[0]!r}: allowed is {', '.join(known)}")
+    made: dict[str, tuple[Iterate, Counter]] = {}
+    for name in only or known:
+        mine, counts = own_copy(parts, frozen_too=name == "tuned")
+        switches = recipes[name]
+        if switches is None:
+            updates = Updates(cfg, mine)
+            made[name] = (lambda b, i, p=mine, u=updates: iterate(cfg, p, u, b, i)), counts
+            continue
+        if name == "tuned":
+            compiled(mine)
+        made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
+    return made
+
+
+def check(rows: dict[str, list[dict[str, float]]], reference: str) -> None:
+    """Raises AssertionError where a form's losses are not those of `reference`: to 1e-4 while weights are the same, to
+    1 % on later iterations (Adam's first steps are signs, which rounding can turn)."""
+    for name, losses in rows.items():
+        for i, (mine, theirs) in enumerate(zip(losses, rows[reference], strict=True)):
+            for key in mine.keys() & theirs.keys() & {"dmd", "isg", "adv", "fake", "disc"}:
+                bound = (1e-4 if i == 0 else 1e-2) * max(abs(theirs[key]), 1e-2)
+                assert abs(mine[key] - theirs[key]) <= bound, f"{name}, iteration {i}: {key} {mine[key]} {theirs[key]}"
+
+
+def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int) -> dict[str, Any]:
+    """Seconds per form and iteration, losses of the warm-up, pictures through each network."""
+    made = forms(cfg, parts, only)
+    warm = 2 * cfg.train.gen_every
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    losses: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+    for iteration in range(warm + iterations):
+        batch = encoded(parts, data.batch(iteration, cfg.data.batch), iteration)
+        if iteration == warm:
+            check(losses, next(iter(made)))
+            for _, counts in made.values():
+                counts.clear()
+        for name, (run, _) in made.items():
+            start = time.perf_counter()
+            found = run(batch, iteration)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if iteration >= warm:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                losses[name].append({k: float(v) for k, v in found.items()})
+    pictures = {name: dict(counts) for name, (_, counts) in made.items()}
+    return dict(seconds=seconds, pictures=pictures, warm=warm)
+
+
+def summary(found: dict[str, Any], cfg: Any) -> list[list[str]]:
+    """Rows: form, median ms of critic and generator iterations, total, ratio to ours, quartiles of the ratio of the
+    same iteration, pictures through student, teacher, fake and backbone per picture trained on."""
+    every, warm = cfg.train.gen_every, found["warm"]
+    base = found["seconds"].get("ours") or next(iter(found["seconds"].values()))
+    rows = []
+    for name, times in found["seconds"].items():
+        kinds = [[t for i, t in enumerate(times) if ((warm + i + 1) % every == 0) == gen] for gen in (False, True)]
+        low, _, high = quantiles([t / b for t, b in zip(times, base, strict=True)], n=4)
+        per = cfg.data.batch * len(times)
+        counts = [f"{found['pictures'][name].get(k, 0) / per:.2f}" for k in ("student", "teacher", "fake", "backbone")]
+        ms = [f"{1e3 * median(kind):.0f}" if kind else "" for kind in kinds]
+        ratio = f"{sum(times) / sum(base):.2f}"
+        rows.append([name, *ms, f"{1e3 * sum(times) / len(times):.0f}", ratio, f"{low:.2f} to {high:.2f}", *counts])
+    return rows
+
+
+COLUMNS = ["form", "critic ms", "generator ms", "mean ms", "time / ours", "quartiles", "student", "teacher", "fake",
+           "backbone"]  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table; writes the raw times with --json."""
+    own = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, allow_abbrev=False)
+    own.add_argument("--iterations", type=int, default=20, help="timed ones, after two cycles of warm-up")
+    own.add_argument("--only", nargs="+", default=[], help="forms")
+    own.add_argument("--json", type=Path, help="file for the raw times; default: none")
+    mine, rest = own.parse_known_args(argv)
+    try:
+        cfg = parse(rest, __doc__ or "").config
+        if cfg.train.threads > 0:
+            torch.set_num_threads(cfg.train.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parts, data = build(cfg, device)
+        found = measure(cfg, parts, data, mine.only, mine.iterations)
+    except UserError as error:
+        print(f"bench.step: {error}", file=sys.stderr)
+        return 2
+    print_table(
+        f"{cfg.preset}, batch {cfg.data.batch}, {mine.iterations} iterations each", COLUMNS, summary(found, cfg)
+    )
+    if mine.json:
+        mine.json.parent.mkdir(parents=True, exist_ok=True)
+        record = dict(environment=environment(), preset=cfg.preset, batch=cfg.data.batch, argv=argv, **found)
+        mine.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

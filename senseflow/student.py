@@ -1,0 +1,157 @@
+"""A trained student, from wherever it lies: a run, its `student` folder, an exported folder, one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from senseflow import checkpoint
+from senseflow.config import Model, UserError, from_dict
+from senseflow.flow import DiffusionSchedule, FlowSchedule
+from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
+from senseflow.models.families import make_adapter
+from senseflow.models.loading import load_component, network_class
+
+RECORD = "senseflow.json"
+Weights = Literal["", "ema", "raw"]  # "": what the run ships, the EMA where it keeps one
+
+
+def default_device() -> torch.device:
+    """This process's GPU (LOCAL_RANK under torchrun) where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@dataclass(frozen=True)
+class Student:
+    """Where a student lies and what it is.
+
+    folder: its diffusers folder, None for a checkpoint alone; state: the checkpoint that its weights come from, None
+    for the folder's own; record: anchors, preset, model and so on, as senseflow.json has them.
+    """
+
+    path: Path
+    folder: Path | None
+    state: Path | None
+    record: dict[str, Any]
+    weights: Weights = ""
+
+    @property
+    def model(self) -> Model:
+        """The model section it was trained with; what older records lack has its default."""
+        names = {f.name for f in dataclasses.fields(Model)}
+        known = {k: v for k, v in self.record.get("model", {}).items() if k in names}
+        return Model(**{"shift": self.record["shift"], "shift_kind": self.record["shift_kind"], **known})
+
+    def teacher(self, source: str = "") -> str:
+        """Where its VAE and text encoders are: `source`, itself if it is a whole pipeline, else as in training."""
+        if source:
+            return source
+        whole = self.folder is not None and (self.folder / "model_index.json").is_file()
+        return str(self.folder) if whole else self.model.teacher
+
+    def adapter(self, source: str = "", dtype: str = "", device: torch.device | None = None) -> Any:
+        """Its family's adapter, computing in dtype ("fp32", "bf16"; "": as in training)."""
+        device, model = device or default_device(), self.model
+        if model.family == "embedded":
+            if dtype not in ("", "fp32"):
+                raise UserError(f"dtype {dtype!r}: allowed is fp32, the embedded family computes in nothing else")
+            home = self.folder or teacher_folder(self.teacher(source))
+            return EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(home, device), home)
+        if dtype:
+            model = dataclasses.replace(model, dtype=dtype)
+        return make_adapter(model, device, self.teacher(source))
+
+    def network(self, adapter: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
+        """Its network, frozen, in `dtype` (default: the adapter's). Raises UserError when something is missing."""
+        device = torch.device(device or adapter.device)
+        dtype = dtype or getattr(adapter, "dtype", torch.float32)
+        assert dtype is not None
+        if self.state is not None:
+            net = _from_checkpoint(self.state, self.folder, adapter, self.weights)
+            return net.to(dtype).to(device).eval().requires_grad_(False)
+        assert self.folder is not None
+        if self.model.family == "embedded":
+            return load_transformer(self.folder, device).to(dtype)
+        return load_component(network_class(self.folder / adapter.network), self.folder, adapter.network, dtype, device)
+
+
+def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, weights: Weights) -> nn.Module:
+    """The student of a checkpoint, its tensors as saved."""
+    updates = checkpoint.load(path)["updates"]
+    if weights == "ema" and "ema" not in updates:
+        raise UserError(f"--weights ema: {path} keeps no EMA, allowed is raw")
+    if folder is not None:  # the structure alone, without the teacher's weights
+        cls = network_class(folder / adapter.network)
+        with torch.device("meta"):
+            net: Any = cls.from_config(cls.load_config(folder / adapter.network))
+    else:
+        net = adapter.student_of(adapter.load_network(torch.float32))
+    net.load_state_dict(updates["student"], assign=True)
+    if weights != "raw" and "ema" in updates:
+        shadow = updates["ema"]["shadow"]
+        for (name, p), s in zip(net.named_parameters(), shadow, strict=True):
+            if p.shape != s.shape:
+                raise UserError(f"{path}: the EMA's {name} has shape {list(s.shape)}, the network's {list(p.shape)}")
+            p.data = s
+    return net
+
+
+def find_student(path: Path, weights: Weights = "") -> Student:
+    """The student at `path`: a run folder, its `student` folder, an exported folder, or a checkpoint `step-...`.
+
+    weights "ema" or "raw" of a run means those of its newest checkpoint; "" its `student` folder.
+    Raises UserError when there is none.
+    """
+    if (path / checkpoint.STATE).is_file():
+        return _of_checkpoint(path, weights)
+    folder = path / "student" if (path / "student").is_dir() else path
+    if weights:
+        steps = sorted((path / "checkpoints").glob("step-*"))
+        if not steps:
+            raise UserError(f"--weights {weights}: {path} has no checkpoints, give the folder of a run")
+        return _of_checkpoint(steps[-1], weights)
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{path} holds no student (no {RECORD}): give the folder of a run")
+    return Student(path, folder, None, _read(folder / RECORD))
+
+
+def _of_checkpoint(path: Path, weights: Weights) -> Student:
+    """The checkpoint is read for its settings where no `student` folder stands beside it."""
+    folder = path.absolute().parent.parent / "student"
+    if (folder / RECORD).is_file():
+        return Student(path, folder, path, _read(folder / RECORD), weights)
+    cfg = from_dict(checkpoint.load(path)["config"])
+    m = cfg.model
+    schedule = DiffusionSchedule() if m.family == "sdxl" else FlowSchedule(m.shift, m.shift_kind)
+    record = dict(
+        anchors=schedule.anchors(m.steps, m.anchors == "released"), shift=m.shift, shift_kind=m.shift_kind,
+        family=m.family, preset=cfg.preset, model=dataclasses.asdict(m),
+    )  # fmt: skip
+    return Student(path, None, path, record, weights)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is no record of a student: {error}") from None
+    if absent := {"anchors", "shift", "shift_kind"} - set(record):
+        raise UserError(f"{file} is no record of a student: it lacks {', '.join(sorted(absent))}")
+    return record
+
+
+def load_student(run: Path, source: str = "", weights: Weights = "") -> tuple[Any, nn.Module, dict[str, Any]]:
+    """(adapter, network, record) of find_student(run, weights); text encoders and VAE come from the teacher that the
+    record names, or from `source`. Raises UserError when something is missing."""
+    student = find_student(run, weights)
+    adapter = student.adapter(source)
+    return adapter, student.network(adapter), student.record

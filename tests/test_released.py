@@ -1,0 +1,66 @@
+"""The published order, written plainly in bench/released.py, and ours: the same losses and the same weights."""
+
+import pytest
+import torch
+
+from bench.released import ReleasedLoop, Switches
+from bench.step import LEAN, own_copy
+from senseflow.cli import parse
+from senseflow.steps import encoded
+from senseflow.train import build, iterate
+from senseflow.updates import Updates
+
+FLAGS = [
+    "--data.batch", "3", "--train.gen_every", "2", "--disc.taps", "-1,2", "--disc.width", "8", "--disc.size", "28",
+    "--dmd.guidance_max", "3", "--isg.guidance_max", "2", "--seed", "5", "--train.eps", "1e-4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=32, patch_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=384, caption_projection_dim=16, pooled_projection_dim=384,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher")
+    net.save_pretrained(folder / "transformer")
+    cfg = parse(["--teacher", str(folder), *FLAGS], "").config
+    return cfg, *build(cfg, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "switches", [Switches(), LEAN, Switches(batched_cfg=False)], ids=["published", "lean", "two calls"]
+)
+def test_ours_and_the_published_order_train_alike(made, switches):
+    """Six iterations: silent ones, rollouts and forward noising among them. Losses agree to fp32 rounding (1e-3 of a
+    loss: sums over up to 1e5 terms that cancel in adv and disc). train.eps 1e-4 keeps Adam from turning the signs of
+    rounding into whole steps, so student and fake agree to 1e-4 of the way they have gone; D's steps are then near the
+    last place of its largest weights, hence 2 %."""
+    cfg, parts, data = made
+    ours, counts = own_copy(parts)
+    theirs, their_counts = own_copy(parts)
+    updates, loop = Updates(cfg, ours), ReleasedLoop(cfg, theirs, switches)
+    for iteration in range(6):
+        batch = encoded(ours, data.batch(iteration, 3), iteration)
+        mine, published = iterate(cfg, ours, updates, batch, iteration), loop.iterate(batch, iteration)
+        if switches.read_back:
+            assert published.keys() - {"adv"} <= mine.keys() | {"disc"} and ("dmd" in published) == (iteration % 2 == 1)
+            for key in published.keys() & mine.keys():
+                assert float(mine[key]) == pytest.approx(published[key], rel=1e-3, abs=1e-4), (iteration, key)
+    start = dict(student=parts.student, fake=parts.fake, disc=parts.disc)
+    for name, before in start.items():
+        a, b, c = (torch.cat([p.flatten() for p in net.parameters()]).double() for net in
+                   (before, getattr(ours, name), getattr(theirs, name)))  # fmt: skip
+        assert (b - a).norm() > 0
+        assert (b - c).norm() < (2e-2 if name == "disc" else 1e-4) * (b - a).norm(), name
+    assert updates.ema is not None
+    for mine, published in zip(updates.ema.shadow, loop.ema, strict=True):
+        torch.testing.assert_close(mine, published, rtol=1e-4, atol=2e-6)
+    per = {k: v / (6 * 3) for k, v in their_counts.items()}
+    assert counts["student"] == their_counts["student"] and counts["teacher"] == their_counts["teacher"]
+    if switches == Switches():
+        assert per["backbone"] == 6 > counts["backbone"] / (6 * 3)
