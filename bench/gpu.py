@@ -84,7 +84,7 @@ def collecting(part: Part) -> Part:
     return part._replace(command=[c for c in command if c not in ("-n", "4", "--dist", "loadfile")])
 
 
-BENCHES = {"score": 8, "hinge": 6, "lerp": 6, "qk_norm_rope": 6, "attention": 5, "mmdit": 9, "modulate": 9}
+BENCHES = {"score": 8, "hinge": 6, "lerp": 6, "adamw": 6, "qk_norm_rope": 6, "attention": 5, "mmdit": 9, "modulate": 9}
 
 
 def missing_packages() -> list[str]:

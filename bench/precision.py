@@ -70,14 +70,13 @@ def ours(form: str, steps: int) -> tuple[Tensor, Tensor]:
         [param], lr=LR, betas=BETAS, weight_decay=0.0, precision=form, phi=[phi],
         phi_low=None if phi_low is None else [phi_low],
     )  # fmt: skip
-    theta_low = optimizer.lows()[0]
-    if low is not None and theta_low is not None:
-        theta_low.copy_(low)
+    if low is not None:
+        optimizer.state[param]["low"].copy_(low)
     for grad in gradients(steps):
         param.grad = grad.to(param.dtype)
         optimizer.step(lam=LAM)
-    if phi_low is not None and theta_low is not None:
-        return join_fp32(param.detach(), theta_low), join_fp32(phi, phi_low)
+    if phi_low is not None:
+        return join_fp32(param.detach(), optimizer.state[param]["low"]), join_fp32(phi, phi_low)
     return param.detach().float(), phi.float()
 
 

@@ -14,8 +14,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from senseflow.config import Config, UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models.families import DTYPES
 from senseflow.models.loading import components, is_local, local_folder, quiet, read_config, variant_of
+from senseflow.models.lora import save_lora
 from senseflow.single_file import LAYOUTS, save_single_file
 from senseflow.student import RECORD, Student, default_device, find_student
 
@@ -73,6 +72,7 @@ def save_student(folder: Path, net: Any, anchors: list[float], cfg: Config, adap
     record = dict(
         anchors=anchors, shift=cfg.model.shift, shift_kind=cfg.model.shift_kind,
         family=cfg.model.family, preset=cfg.preset, sampler=SAMPLER_NOTE, model=asdict(cfg.model),
+        lora=asdict(cfg.lora),
     )  # fmt: skip
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     _publish(partial, folder)
@@ -109,27 +109,15 @@ def _write_index(teacher: str, out: Path, adapter: Any) -> None:
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _lora_state(net: nn.Module, network: str) -> dict[str, torch.Tensor]:
-    """The student's LoRA under diffusers' names. Raises UserError where there is none."""
-    if find_spec("senseflow.models.lora") is None:
-        raise UserError(
-            "--to lora: this senseflow trains no LoRA students; allowed are pipeline, transformer, single-file"
-        )
-    state = import_module("senseflow.models.lora").lora_state_dict(net)
-    if not state:
-        raise UserError(f"--to lora: this student has no LoRA; allowed are {', '.join(TARGETS[:3])}")
-    return {k if k.startswith(f"{network}.") else f"{network}.{k}": v.contiguous() for k, v in state.items()}
-
-
 def write_weights(target: str, student: Student, adapter: Any, teacher: str, dtype: torch.dtype, out: Path) -> None:
     """Everything of an export but its card."""
-    net: Any = student.network(adapter, dtype, torch.device("cpu"))
+    if target == "lora":  # on the CPU, where the adapter is
+        net: Any = student.lora_network(adapter, DTYPES[student.model.dtype])
+    else:
+        net = student.network(adapter, dtype, torch.device("cpu"))
     out.mkdir(parents=True)
     if target == "lora":
-        from safetensors.torch import save_file
-
-        state = {k: v.to(dtype) for k, v in _lora_state(net, adapter.network).items()}
-        save_file(state, out / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        save_lora(net, out / "pytorch_lora_weights.safetensors")
     elif target == "single-file":
         about = {k: student.record[k] for k in ("anchors", "shift", "shift_kind", "preset") if k in student.record}
         save_single_file(out / model_card.SINGLE_FILE, student.model.family, net.state_dict(), about)
@@ -147,13 +135,15 @@ def write_weights(target: str, student: Student, adapter: Any, teacher: str, dty
 def make_card(args: argparse.Namespace, student: Student, adapter: Any, teacher: str, dtype: str) -> str:
     """README.md before the check."""
     model, anchors = student.model, student.record["anchors"]
-    name = str(torch.empty(0, dtype=STORED[dtype]).dtype).removeprefix("torch.")
+    called = model.dtype if args.to == "lora" else dtype  # its teacher's
+    name = str(STORED[called]).removeprefix("torch.")
     where = model_card.places(str(args.out), teacher, name, "cuda" if model.family != "embedded" else "cpu")
     if model.family == "embedded":
         blocks = model_card.embedded_blocks(adapter, anchors, where, args.prompts)
     else:
         family = model_card.family_of(model.family)
-        settings = model_card.call_settings(adapter, family, anchors, model.side)
+        guidance = student.record["lora"]["guidance"] if args.to == "lora" else None
+        settings = model_card.call_settings(adapter, family, anchors, model.side, guidance)
         blocks = model_card.pipeline_blocks(args.to, family, adapter, settings, where, args.prompts)
     weights = {"": "weights as shipped", "ema": "EMA weights", "raw": "raw weights"}[student.weights]
     about = f"{weights} in `{student.path.name}`, stored in {dtype}"
@@ -208,15 +198,15 @@ def export(args: argparse.Namespace) -> None:
         model_card.family_of(model.family)
     if args.to == "single-file" and model.family not in LAYOUTS:
         raise UserError(f"--to single-file: family {model.family!r} has none, allowed are {', '.join(LAYOUTS)}")
-    if args.to == "lora" and find_spec("senseflow.models.lora") is None:
-        _lora_state(nn.Identity(), "")
+    if args.to == "lora" and model.variant != "lora":
+        raise UserError(f"--to lora: {student.path} has none, it was trained with model.variant = {model.variant!r}")
     if out.exists() and any(out.iterdir()) and not (out / RECORD).is_file():
         raise UserError(f"--out {out} exists and is no earlier export: choose another folder")
     taken = {student.path.resolve(), *([student.folder.resolve()] if student.folder else [])}
     if (out / "checkpoints").exists() or out.resolve() in taken:
         raise UserError(f"--out {out} is a run or the student itself: choose another folder")
     teacher = student.teacher(args.teacher)
-    dtype = args.dtype or model.dtype
+    dtype = args.dtype or ("fp32" if model.variant == "lora" else model.dtype)
     adapter = student.adapter(args.teacher, "", torch.device("cpu"))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -227,7 +217,10 @@ def export(args: argparse.Namespace) -> None:
 
     def ours() -> tuple[Any, nn.Module]:
         again = student.adapter(args.teacher, args.check_dtype)
-        return again, _rounded(student, again, STORED[dtype], DTYPES[args.check_dtype])
+        check = DTYPES[args.check_dtype]
+        if args.to == "lora":
+            return again, student.lora_network(again, check)
+        return again, _rounded(student, again, STORED[dtype], check)
 
     results = checked(card, partial, teacher, args.check_dtype, ours, student.record["anchors"])
     _finish_card(partial, card, results, args.check_dtype)
@@ -245,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder to write")
     add("--teacher", default="", help="its folder or hub id, where it is not where it was in training")
     add("--weights", choices=("ema", "raw"), default="", help="of a run's newest checkpoint; default: as shipped")
-    add("--dtype", choices=tuple(STORED), default="", help="of the stored weights; default: as it computed in training")
+    add("--dtype", choices=tuple(STORED), default="", help="of the stored weights; default: as it computed in "
+        "training; fp32 for a LoRA, merged or not, whose changes bf16 would round away")  # fmt: skip
     add("--check-dtype", choices=tuple(DTYPES), default="fp32", help="of the parity check")
     add("--prompts", nargs="+", default=list(model_card.PROMPTS), help="of the card's example, and of the check")
     try:

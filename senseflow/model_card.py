@@ -40,6 +40,7 @@ FAMILIES = {
         "FluxPipeline", "FluxTransformer2DModel", own_sigmas=True, student={"guidance_embeds": False},
     ),
     "sdxl": Family("StableDiffusionXLPipeline", "UNet2DConditionModel", {"guidance_scale": 1.0}, own_sigmas=True),
+    "flux2": Family("Flux2KleinPipeline", "Flux2Transformer2DModel", {"guidance_scale": 1.0}, own_sigmas=True),
 }  # fmt: skip
 
 
@@ -60,8 +61,10 @@ def unshifted(schedule: FlowSchedule, anchors: Sequence[float]) -> list[float]:
     return [round(u, 9) for u in schedule.unshift(torch.tensor(anchors, dtype=torch.float64)).tolist()]
 
 
-def call_settings(adapter: Any, family: Family, anchors: Sequence[float], side: int) -> dict[str, Any]:
-    """The arguments of the pipeline's call beside the prompts."""
+def call_settings(
+    adapter: Any, family: Family, anchors: Sequence[float], side: int, guidance: float | None = None
+) -> dict[str, Any]:
+    """The arguments of the pipeline's call beside the prompts. guidance: of a LoRA on a teacher that embeds it."""
     steps = len(anchors)
     settings: dict[str, Any] = {"num_inference_steps": steps}
     if isinstance(adapter.schedule, FlowSchedule):
@@ -69,6 +72,8 @@ def call_settings(adapter: Any, family: Family, anchors: Sequence[float], side: 
         by_itself = [round(k / steps, 9) for k in range(steps, 0, -1)]
         if not family.own_sigmas or sigmas != by_itself:
             settings["sigmas"] = sigmas
+    if guidance is not None and family.student:
+        settings["guidance_scale"] = guidance
     settings |= family.settings | {"height": side, "width": side}
     if length := getattr(adapter, "text_length", None):
         settings["max_sequence_length"] = length
@@ -86,13 +91,12 @@ def _setup(target: str, family: Family, network: str) -> list[str]:
         "transformer": f'network = {family.network}.from_pretrained(folder, subfolder="{network}", {dtype})',
         "single-file": f"network = {family.network}.from_single_file(\n"
         f'    folder + "/{SINGLE_FILE}", config=teacher, subfolder="{network}"{extra}, {dtype}\n)',
-        "lora": f'network = {family.network}.from_pretrained(teacher, subfolder="{network}"{extra}, {dtype})',
-    }[target]
-    pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, {network}=network, scheduler=scheduler, {dtype})"
-    lines = [load, scheduler, pipe]
+    }
     if target == "lora":
-        lines.append("pipe.load_lora_weights(folder)")
-    return [*lines, "pipe = pipe.to(device)"]
+        pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, scheduler=scheduler, {dtype})"
+        return [scheduler, pipe, "pipe.load_lora_weights(folder)", "pipe = pipe.to(device)"]
+    pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, {network}=network, scheduler=scheduler, {dtype})"
+    return [load[target], scheduler, pipe, "pipe = pipe.to(device)"]
 
 
 SINGLE_FILE = "senseflow.safetensors"
@@ -123,13 +127,13 @@ def places(folder: str, teacher: str, dtype: str, device: str) -> str:
 def pipeline_blocks(
     target: str, family: Family, adapter: Any, settings: dict[str, Any], where: str, prompts: Sequence[str]
 ) -> tuple[str, str]:
-    """Two code blocks, re-noise and Euler: each ends in the call, `images = pipe(...)`."""
+    """Two code blocks, re-noise and Euler: each ends in the call, `images = pipe(...).images`."""
     setup = "\n".join(_setup(target, family, adapter.network))
     used = [family.pipeline, *([family.network] if "network =" in setup else [])]
     if "SCHEDULER" in setup:
         used.append(scheduler_class(adapter.schedule))
         setup = setup.replace("SCHEDULER", used[-1])
-    call = "images = pipe(prompts, **settings).images"
+    call = "images = pipe(prompt=prompts, **settings).images"
     lines = [
         "import torch", f"from diffusers import {', '.join(sorted(used))}", "", where, setup,
         f"prompts = {list(prompts)!r}", *_dict_lines(settings), "torch.manual_seed(0)", call,
@@ -174,6 +178,7 @@ COMFY_SHIFT = {  # what ComfyUI's own shift is not, or may not be
     "flux": "A FLUX file without guidance embedding counts as schnell there, whose shift is 1: ModelSamplingFlux with "
     "base_shift = max_shift = {shift:g} before it.",
     "sdxl": "",
+    "flux2": "ModelSamplingFlux with base_shift = max_shift = {shift:g} before it.",
 }
 
 

@@ -118,8 +118,10 @@ def run_card(card: str, where: str) -> list[Outcome]:
 
 
 def _as_latents(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """[B, C, H, W]; a pipeline that packs hands its scheduler tokens."""
-    return unpack(x, *shape[1:]) if x.dim() == 3 else x
+    """[B, C, H, W] = [B, *shape]; a pipeline that packs hands its scheduler tokens, of one pixel or of 2x2."""
+    if x.dim() != 3:
+        return x
+    return x.mT.unflatten(2, tuple(shape[1:])) if x.shape[2] == shape[0] else unpack(x, *shape[1:])
 
 
 @torch.no_grad()

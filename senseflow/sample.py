@@ -30,7 +30,8 @@ __all__ = ["load_student", "main", "picture_grid", "save_png", "student_samples"
 SAMPLERS = ("renoise", "euler")
 SHEET = 64  # pictures on the sheet, at most
 # The pipelines whose teachers can be sampled by themselves, and the preset with their published settings.
-PRESET_OF = {"StableDiffusion3Pipeline": "sd35-large", "FluxPipeline": "flux-dev", "StableDiffusionXLPipeline": "sdxl"}
+PRESET_OF = {"StableDiffusion3Pipeline": "sd35-large", "FluxPipeline": "flux-dev", "StableDiffusionXLPipeline": "sdxl",
+             "Flux2KleinPipeline": "flux2-klein"}  # fmt: skip
 
 
 def _batches(cond: Condition, samples: Tensor, batch: int):

@@ -1,5 +1,5 @@
 """A network's tensors under the names of its original release, which single-file readers know: the layouts of
-Stability AI (SD 3.5), Black Forest Labs (FLUX.1) and LDM (SDXL).
+Stability AI (SD 3.5), Black Forest Labs (FLUX) and LDM (SDXL).
 
 Each layout is a table from original names to diffusers names; what stands together in one original tensor (the rows of
 Q, K and V) is a list. Two kinds of tensors differ in more than name: diffusers swaps the halves (shift, scale) of every
@@ -103,6 +103,37 @@ def flux_rows(names: Sequence[str]) -> list[Row]:
     return rows
 
 
+def flux2_rows(names: Sequence[str]) -> list[Row]:
+    """FLUX.2 [klein]: no biases, one modulation for all blocks, Q, K, V and feed-forward of a single block in one."""
+
+    def weight(original: str, *ours: str, swapped: bool = False) -> Row:
+        return f"{original}.weight", [f"{name}.weight" for name in ours], swapped
+
+    rows = [
+        weight("img_in", "x_embedder"),
+        weight("txt_in", "context_embedder"),
+        weight("final_layer.linear", "proj_out"),
+    ]
+    rows.append(weight("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True))
+    for old, new in (("in_layer", "linear_1"), ("out_layer", "linear_2")):
+        rows.append(weight(f"time_in.{old}", f"time_guidance_embed.timestep_embedder.{new}"))
+    for which in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        rows.append(weight(f"{which}.lin", f"{which}.linear"))
+    for i in range(_count(names, "transformer_blocks")):
+        block, here = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for side, added, ff, out in (("img", "", "ff", "to_out.0"), ("txt", "added_", "ff_context", "to_add_out")):
+            rows.append(weight(f"{here}.{side}_attn.qkv", *_qkv(f"{block}.attn", side == "txt")))
+            rows.append(weight(f"{here}.{side}_attn.proj", f"{block}.attn.{out}"))
+            rows += [_flux_norm(f"{here}.{side}_attn.norm", f"{block}.attn.norm_{added}", x) for x in ("query", "key")]
+            rows.append(weight(f"{here}.{side}_mlp.0", f"{block}.{ff}.linear_in"))
+            rows.append(weight(f"{here}.{side}_mlp.2", f"{block}.{ff}.linear_out"))
+    for i in range(_count(names, "single_transformer_blocks")):
+        block, here = f"single_transformer_blocks.{i}.attn", f"single_blocks.{i}"
+        rows += [weight(f"{here}.linear1", f"{block}.to_qkv_mlp_proj"), weight(f"{here}.linear2", f"{block}.to_out")]
+        rows += [_flux_norm(f"{here}.norm", f"{block}.norm_", x) for x in ("query", "key")]
+    return rows
+
+
 def _flux_norm(original: str, ours: str, which: str) -> Row:
     return f"{original}.{which}_norm.scale", [f"{ours}{which[0]}.weight"], False
 
@@ -160,6 +191,7 @@ def _inside(kind: str, rest: str) -> str:
 # Family -> its table, and the prefix that its published single files carry.
 LAYOUTS: dict[str, tuple[Callable[[Sequence[str]], list[Row]], str]] = {
     "sd35": (sd3_rows, DIFFUSION_MODEL), "flux": (flux_rows, ""), "sdxl": (sdxl_rows, DIFFUSION_MODEL),
+    "flux2": (flux2_rows, ""),
 }  # fmt: skip
 
 

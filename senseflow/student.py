@@ -15,8 +15,9 @@ from torch import nn
 from senseflow import checkpoint
 from senseflow.config import Model, UserError, from_dict
 from senseflow.flow import DiffusionSchedule, FlowSchedule
+from senseflow.models import lora
 from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
-from senseflow.models.families import make_adapter
+from senseflow.models.families import DTYPES, make_adapter
 from senseflow.models.loading import load_component, network_class
 
 RECORD = "senseflow.json"
@@ -75,6 +76,9 @@ class Student:
         device = torch.device(device or adapter.device)
         dtype = dtype or getattr(adapter, "dtype", torch.float32)
         assert dtype is not None
+        if self.state is not None and self.model.variant == "lora":
+            net = lora.merged(self.lora_network(adapter, DTYPES[self.model.dtype]))
+            return net.to(dtype).to(device).eval().requires_grad_(False)
         if self.state is not None:
             net = _from_checkpoint(self.state, self.folder, adapter, self.weights)
             return net.to(dtype).to(device).eval().requires_grad_(False)
@@ -83,12 +87,42 @@ class Student:
             return load_transformer(self.folder, device).to(dtype)
         return load_component(network_class(self.folder / adapter.network), self.folder, adapter.network, dtype, device)
 
+    def lora_network(self, adapter: Any, dtype: torch.dtype) -> nn.Module:
+        """The teacher in dtype under the student's LoRA, of a checkpoint or of the run's newest one.
+
+        Raises UserError for a student without.
+        """
+        path = self.state or newest_checkpoint(self.path) or newest_checkpoint(self.path.absolute().parent)
+        if path is None:
+            raise UserError(f"{self.path}: a LoRA is read from a run's checkpoints, and there are none")
+        state = checkpoint.load(path)
+        cfg, updates = from_dict(state["config"]), state["updates"]
+        if cfg.model.variant != "lora":
+            raise UserError(f"{self.path} has no LoRA: it was trained with model.variant = {cfg.model.variant!r}")
+        net = lora.student_from(adapter, adapter.load_network(dtype), cfg.lora, updates["student"])
+        _put_ema(path, [(n, p) for n, p in net.named_parameters() if p.requires_grad], updates, self.weights)
+        return net
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return max((run / "checkpoints").glob("step-*"), default=None)
+
+
+def _put_ema(path: Path, named: list[tuple[str, nn.Parameter]], updates: dict[str, Any], weights: Weights) -> None:
+    """Puts the EMA in the parameters' place, but for weights "raw". named: what trains, in the order of the tree."""
+    if weights == "ema" and "ema" not in updates:
+        raise UserError(f"--weights ema: {path} keeps no EMA, allowed is raw")
+    if weights == "raw" or "ema" not in updates:
+        return
+    for (name, p), s in zip(named, updates["ema"]["shadow"], strict=True):
+        if p.shape != s.shape:
+            raise UserError(f"{path}: the EMA's {name} has shape {list(s.shape)}, the network's {list(p.shape)}")
+        p.data = s
+
 
 def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, weights: Weights) -> nn.Module:
     """The student of a checkpoint, its tensors as saved."""
     updates = checkpoint.load(path)["updates"]
-    if weights == "ema" and "ema" not in updates:
-        raise UserError(f"--weights ema: {path} keeps no EMA, allowed is raw")
     if folder is not None:  # the structure alone, without the teacher's weights
         cls = network_class(folder / adapter.network)
         with torch.device("meta"):
@@ -96,12 +130,7 @@ def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, weights: Wei
     else:
         net = adapter.student_of(adapter.load_network(torch.float32))
     net.load_state_dict(updates["student"], assign=True)
-    if weights != "raw" and "ema" in updates:
-        shadow = updates["ema"]["shadow"]
-        for (name, p), s in zip(net.named_parameters(), shadow, strict=True):
-            if p.shape != s.shape:
-                raise UserError(f"{path}: the EMA's {name} has shape {list(s.shape)}, the network's {list(p.shape)}")
-            p.data = s
+    _put_ema(path, list(net.named_parameters()), updates, weights)
     return net
 
 
@@ -115,10 +144,10 @@ def find_student(path: Path, weights: Weights = "") -> Student:
         return _of_checkpoint(path, weights)
     folder = path / "student" if (path / "student").is_dir() else path
     if weights:
-        steps = sorted((path / "checkpoints").glob("step-*"))
-        if not steps:
+        step = newest_checkpoint(path)
+        if step is None:
             raise UserError(f"--weights {weights}: {path} has no checkpoints, give the folder of a run")
-        return _of_checkpoint(steps[-1], weights)
+        return _of_checkpoint(step, weights)
     if not (folder / RECORD).is_file():
         raise UserError(f"{path} holds no student (no {RECORD}): give the folder of a run")
     return Student(path, folder, None, _read(folder / RECORD))
@@ -134,7 +163,7 @@ def _of_checkpoint(path: Path, weights: Weights) -> Student:
     schedule = DiffusionSchedule() if m.family == "sdxl" else FlowSchedule(m.shift, m.shift_kind)
     record = dict(
         anchors=schedule.anchors(m.steps, m.anchors == "released"), shift=m.shift, shift_kind=m.shift_kind,
-        family=m.family, preset=cfg.preset, model=dataclasses.asdict(m),
+        family=m.family, preset=cfg.preset, model=dataclasses.asdict(m), lora=dataclasses.asdict(cfg.lora),
     )  # fmt: skip
     return Student(path, None, path, record, weights)
 

@@ -12,6 +12,7 @@ from bench import (
     precision,
     report,
     targets,
+    test_adamw,
     test_attention,
     test_hinge,
     test_lerp,
@@ -116,6 +117,7 @@ def test_every_target_of_a_gpu_finds_its_rows() -> None:
     names = [(f"score gradient {part}", test_score.name_of(c)) for part in ("fwd", "fwd+bwd") for c in test_score.FLOW]
     names += [(f"hinge {side} fwd+bwd", test_hinge.name_of(case)) for side in "DG" for case in test_hinge.GPU]
     names += [(f"lerp {kind[0]}", f"{size}: ...") for size in ("large", "small") for kind in test_lerp.KINDS]
+    names += [(f"adamw {moments}", "8e+09 parameters ...") for moments in test_adamw.MOMENTS]
     names += [(f"joint qkv {what}", case.name) for what in ("fwd", "bwd") for case in test_qk_norm_rope.LARGE]
     adaln = test_modulate.FLUX + test_modulate.LARGE + test_modulate.MEDIUM
     names += [(f"adaLN {case.op} {part}", case.name) for part in ("fwd", "bwd", "fwd+bwd") for case in adaln]

@@ -8,6 +8,7 @@ from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, wri
 
 from senseflow import train
 from senseflow.config import UserError
+from senseflow.export import main as export_main
 from senseflow.presets import PRESETS
 from senseflow.sample import load_student
 from senseflow.sample import main as sample_main
@@ -65,6 +66,12 @@ def test_train_resume_sample(preset, folders, tmp_path, monkeypatch):
     for sampler in ("renoise", "euler"):
         assert sample_main(["--student", str(whole), "--prompts", "a red apple", "--sampler", sampler]) == 0
     assert (whole / "samples" / "sheet.png").is_file()
+    out = tmp_path / "export"  # checked there: the pipeline, opened by diffusers, gives both samplers' latents
+    assert export_main(["--student", str(whole), "--to", "pipeline", "--out", str(out)]) == 0
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out, local_files_only=True)
+    assert type(pipe).__name__ == json.loads((folders[preset] / "model_index.json").read_text())["_class_name"]
+    network = pipe.unet if adapter.network == "unet" else pipe.transformer
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), net.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("preset", ["sd35-large", "flux-dev", "sdxl"])

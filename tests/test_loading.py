@@ -215,14 +215,16 @@ thread.start()
 net = load_component(cls, sys.argv[1], "transformer", torch.bfloat16)
 done.set()
 thread.join()
-print(peak - before, sum(p.numel() * p.element_size() for p in net.parameters()))
+sizes = [p.numel() * p.element_size() for p in net.parameters()]
+print(peak - before, sum(sizes), max(sizes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_copy_in_memory(folder, tmp_path):
-    """fp32 files of 217 MB into bf16: the process's own memory (mapped files left out) grows by the network in bf16,
-    not by a copy in fp32 or a second one."""
+    """fp32 files into bf16: the process's own memory (mapped files left out) grows by the network in bf16 and what one
+    tensor needs at a time (its conversion, the look for NaN), not by a second copy, nor one in fp32."""
     torch.manual_seed(0)
     net = SD3(
         num_layers=2, attention_head_dim=64, num_attention_heads=16, joint_attention_dim=64,
@@ -232,6 +234,8 @@ def test_one_copy_in_memory(folder, tmp_path):
     del net
     argv = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "big"), str(folder)]
     out = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300).stdout
-    grown, size = map(int, out.split()[-2:])
+    grown, size, largest = map(int, out.split()[-3:])
+    print(f"{size / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB")
     assert size > 80e6
-    assert grown < 1.25 * size, f"{grown / size:.2f} times the network"
+    assert 6 * largest < 0.7 * size  # so that another copy would be seen
+    assert grown < size + 6 * largest

@@ -124,8 +124,8 @@ def test_a_teacher_by_itself(preset, tmp_path):
     assert main([*base, "--out", str(tmp_path / "a")]) == 0
     assert main([*base, "--out", str(tmp_path / "b"), "--guidance", "1.5"]) == 0
     row = json.loads((tmp_path / "a" / "samples.jsonl").read_text())
-    published = {"sd35-medium": (7.0, 3.0), "flux-dev": (3.5, 1.15), "sdxl": (5.0, 1.0)}[preset]
-    assert (row["guidance"], row["shift"], row["steps"]) == (*published, 2)
+    published = {"sd35-medium": (7.0, 3.0), "flux-dev": (3.5, 1.15), "sdxl": (5.0, 1.0), "flux2-klein": (4.0, 2.02335)}
+    assert (row["guidance"], row["shift"], row["steps"]) == (*published[preset], 2)
     assert not same(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
 
 

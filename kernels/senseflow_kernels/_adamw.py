@@ -101,7 +101,7 @@ def adamw_reference(part: Part, group: dict[str, Any], mode: str, seed: int, s: 
 
 
 class Plan:
-    """csrc's table of one part; made again where an address other than a gradient's has changed."""
+    """csrc's table of one part; made again where an address has changed (an allocator repeats those of gradients)."""
 
     def __init__(self) -> None:
         self.addresses: dict[str, list[int]] = {}
@@ -123,6 +123,13 @@ def number_of(value: float | Tensor) -> float:
     return value.item() if isinstance(value, Tensor) else float(value)
 
 
+def _on_device(value: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """0-d fp32; a number without a copy from the host, which no graph captures."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars) -> None:
     (beta1, beta2), step = group["betas"], part.step
     same: dict[str, Any] = dict(
@@ -130,10 +137,7 @@ def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars)
     )
     if plan.rows.is_cuda:
         scalars = dict(lr=s.lr, lam=s.lam, ema_decay=s.ema_decay, grad_scale=s.grad_scale, found_inf=s.found_inf)
-        tensors: dict[str, Tensor | None] = {
-            name: None if value is None else torch.as_tensor(value, dtype=torch.float32, device=step.device)
-            for name, value in scalars.items()
-        }
+        tensors = {name: _on_device(value, step.device) for name, value in scalars.items()}
         _ext.update_cuda(plan.rows, plan.programs, scalars=tensors | dict(step=step.long()), **same)
     elif s.found_inf is None or not s.found_inf.item():
         weights = dict(phi_weight=1 - number_of(s.lam), ema_weight=1 - number_of(s.ema_decay))
