@@ -22,7 +22,7 @@ from senseflow.train import build
 
 pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
-SMALL = ["--model.side", "64", "--model.dtype", "fp32", "--data.workers", "2"]
+SMALL = ["--model.side", "64", "--model.dtype", "fp32", "--train.precision", "fp32", "--data.workers", "2"]
 
 
 @pytest.fixture(scope="module")
