@@ -18,8 +18,8 @@ pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.dtype=fp32", "train.precision=fp32", "train.gen_every=2", "log.every=2",
-    "log.tensorboard=false", "log.progress=false", "eval.grid=1", "eval.teacher_steps=1", "eval.every=1000", "disc.kind=none",
-    "data.batch=8", "data.workers=2", "train.checkpoint_every=4", "train.keep_last=9",
+    "log.tensorboard=false", "log.progress=false", "eval.grid=1", "eval.teacher_steps=1", "eval.every=1000",
+    "disc.kind=none", "data.batch=8", "data.workers=2", "train.checkpoint_every=4", "train.keep_last=9",
 )]  # fmt: skip
 
 

@@ -23,7 +23,8 @@ WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write
          "sdxl": write_sdxl}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=3",
-    "data.workers=2", "train.gen_every=1", "isg.midpoint=uniform", "disc.taps=-1,2", "disc.size=28", "disc.width=8", "disc.downsample=1", "disc.backbone=",
+    "data.workers=2", "train.gen_every=1", "isg.midpoint=uniform", "disc.taps=-1,2", "disc.size=28", "disc.width=8",
+    "disc.downsample=1", "disc.backbone=",
 )]  # fmt: skip
 PREPARE = [s for s in SMALL if not s.startswith("--data.batch")]
 
