@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_pipelines import embedded_teacher
 
 from bench.released import ReleasedLoop, Switches
 from bench.step import LEAN, own_copy
@@ -18,16 +19,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    net = SD3Transformer2DModel(
-        sample_size=32, patch_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=384, caption_projection_dim=16, pooled_projection_dim=384,
-        pos_embed_max_size=4,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("teacher")
-    net.save_pretrained(folder / "transformer")
+    folder = embedded_teacher(tmp_path_factory.mktemp("teacher"))
     cfg = parse(["--teacher", str(folder), *FLAGS], "").config
     return cfg, *build(cfg, torch.device("cpu"))
 

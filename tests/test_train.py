@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_pipelines import embedded_teacher
 
 from senseflow.checkpoint import load_latest
 from senseflow.data.batches import Batch
@@ -50,17 +51,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    net = SD3Transformer2DModel(
-        sample_size=32, patch_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=384, caption_projection_dim=16, pooled_projection_dim=384,
-        pos_embed_max_size=4,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("teacher")
-    net.save_pretrained(folder / "transformer")
-    return folder
+    return embedded_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")

@@ -202,3 +202,17 @@ def write_klein(folder: Path, distilled: bool = False) -> Path:
         is_distilled=distilled,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def embedded_teacher(folder: Path) -> Path:
+    """A random SD3 transformer of the embedded family's form: 32x32 pixels, MiniLM's 384 channels of text."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=32, patch_size=8, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=384, caption_projection_dim=16, pooled_projection_dim=384,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    net.save_pretrained(folder / "transformer")
+    return folder
