@@ -104,6 +104,11 @@ def environment(part: Part, results: Path) -> dict[str, str]:
     return env
 
 
+def _hears_interrupts() -> None:
+    """In the child: a shell's background jobs (`make gpu &`) inherit an ignored SIGINT, and exec keeps it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(part: Part, log: Path, results: Path) -> Outcome:
     """Its output goes to the log; interrupted after its minutes, so that a benchmark still writes what it has."""
     start = time.monotonic()
@@ -113,7 +118,7 @@ def run(part: Part, log: Path, results: Path) -> Outcome:
         print("$", *part.command, file=file, flush=True)
         process = subprocess.Popen(
             part.command, cwd=ROOT, env=environment(part, results), stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_hears_interrupts,
         )  # fmt: skip
         late = False
         for last, seconds in ((signal.SIGINT, 60 * part.minutes), (signal.SIGKILL, 30), (None, None)):
