@@ -23,8 +23,8 @@ struct Scalars {
 __device__ Scalars read_scalars(const senseflow_device_scalars& d) {
   Scalars s{};
   s.step = d.step ? *d.step : 0;
-  s.phi_weight = d.lam ? 1.0f - *d.lam : d.phi_weight;
-  s.ema_weight = d.ema_decay ? 1.0f - *d.ema_decay : d.ema_weight;
+  s.phi_weight = d.lam ? (float)(1.0 - *d.lam) : d.phi_weight;
+  s.ema_weight = d.ema_decay ? (float)(1.0 - *d.ema_decay) : d.ema_weight;
   s.skip = d.found_inf && *d.found_inf != 0;
   if (!d.lr) return s;  // no AdamW: its powers in fp64 are not for nothing
   senseflow_scalars given{};
@@ -273,6 +273,8 @@ __global__ void __launch_bounds__(THREADS)
 
 }  // namespace
 }  // namespace senseflow
+
+extern "C" int32_t senseflow_cuda_abi(void) { return SENSEFLOW_ABI; }
 
 extern "C" int32_t senseflow_update_cuda(
     const senseflow_row* rows, const int32_t* map, int64_t entries, const senseflow_device_scalars* scalars,

@@ -15,7 +15,7 @@ extern "C" {
 #define SENSEFLOW_API
 #endif
 
-#define SENSEFLOW_ABI 2  // of the structures below; senseflow_abi() says the library's
+#define SENSEFLOW_ABI 3  // of the structures below; senseflow_abi() and senseflow_cuda_abi() say the library's
 
 // EIGHT: codes of MOMENT and SQUARE alone, whose blocks share an exponent (senseflow_kernels/_eight.py).
 enum senseflow_dtype { SENSEFLOW_FP32 = 0, SENSEFLOW_BF16 = 1, SENSEFLOW_FP16 = 2, SENSEFLOW_EIGHT = 3 };
@@ -63,12 +63,15 @@ SENSEFLOW_API int32_t senseflow_update_cpu(
 // As senseflow_scalars, read on the device at each launch or graph replay. Null: lam and ema_decay as the two
 // weights say, grad_scale 1, found_inf 0, step 0; lr is null where no row has a grad. Where *found_inf is not 0 nothing changes.
 typedef struct {
-  const float *lr, *lam, *ema_decay, *grad_scale, *found_inf;
+  const double *lr, *lam, *ema_decay;  // 1 - lam in fp32 alone would lose most of a small weight
+  const float *grad_scale, *found_inf;
   const int64_t* step;
   double beta1, beta2, eps, weight_decay;
   int64_t seed;
   float phi_weight, ema_weight;
 } senseflow_device_scalars;
+
+SENSEFLOW_API int32_t senseflow_cuda_abi(void);
 
 #define SENSEFLOW_CUDA_CHUNK 8192  // elements of an entry of the map
 

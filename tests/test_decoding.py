@@ -1,12 +1,13 @@
 """Pictures to pixels: colour, orientation, resize against truths; Pillow and DALI agree; what is unusable."""
 
 import io
+import random
 
 import numpy as np
 import pytest
 import torch
 from data_sets import BAD_IMAGES, encoded, jpeg, picture
-from PIL import Image
+from PIL import Image, features
 
 from senseflow.data.dali import DaliDecoder, make_decoder, plain_jpeg, why_not
 from senseflow.data.pil import PilDecoder, fitted, opened, oriented_size, rgb, window
@@ -104,6 +105,50 @@ def test_bad_pictures_have_their_reason(name):
     with pytest.raises(BadSample) as caught:
         PilDecoder().decode(data, (32, 32), MIDDLE)
     assert caught.value.reason == why
+
+
+def test_a_cameras_jpeg_with_a_preview_behind_it_is_one_picture():
+    out = io.BytesIO()
+    picture(0, 64, 64).save(out, "MPO", save_all=True, append_images=[picture(1, 32, 32)])
+    first = np.asarray(Image.open(io.BytesIO(out.getvalue())))
+    assert np.array_equal(PilDecoder().decode(out.getvalue(), (64, 64), MIDDLE), first)
+
+
+def test_spoiled_exif_loses_its_turn_alone():
+    """Of a WebP, whose EXIF Pillow hands on unread; the picture is used, upright as it is stored."""
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded(picture(1), "WEBP", lossless=True, exif=exif)
+    broken = data.replace(b"MM\0*", b"M;\0*")
+    assert broken != data and oriented_size(opened(broken)) == (48, 40)
+    assert np.array_equal(np.asarray(rgb(broken)), np.asarray(picture(1)))
+
+
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of them
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "WEBP", "AVIF", "BMP", "JPEG"])
+def test_spoiled_bytes_are_a_reason_whatever_they_are(kind):
+    """Bytes changed, cut out or cut off at random: a picture, or BadSample. Anything else would end a run."""
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    r, bad = random.Random(0), 0
+    several = [encoded(picture(0), kind)]
+    if kind in ("PNG", "GIF"):
+        several.append(encoded(picture(1).quantize(16), kind, save_all=True, append_images=[picture(2).quantize(16)]))
+        several.append(encoded(picture(1).quantize(16), kind))
+    for n in range(400):
+        data = bytearray(several[n % len(several)])
+        for _ in range(r.choice([1, 1, 2, 5, 20])):
+            at = r.randrange(min(len(data), 300) if r.random() < 0.6 else len(data))
+            if r.random() < 0.8:
+                data[at] = r.randrange(256)
+            else:
+                data = data[: max(at, 2)] + data[at + r.randrange(8) :] if r.random() < 0.5 else data[: max(at, 2)]
+        for use in (plain_jpeg, lambda d: oriented_size(opened(d)), lambda d: PilDecoder().decode(d, (16, 16), MIDDLE)):
+            try:
+                use(bytes(data))
+            except BadSample:
+                bad += 1
+    assert bad > 100
 
 
 def test_what_dali_gets():

@@ -87,6 +87,9 @@ def test_two_kills_leave_the_same_bytes(made, tmp_path, monkeypatch):
     assert sorted(images) == [f"images-{i:05d}.safetensors" for i in (0, 1, 1, 2, 3, 4)]  # the unnamed one alone twice
     assert contents(out) == contents(whole)
     assert prepare([*flags, "--out", str(out)]) == 0 and contents(out) == contents(whole)
+    (out / "shards" / "images-00001.json").unlink()  # a shard without its record does not count
+    assert prepare([*flags, "--out", str(out)]) == 0 and contents(out) == contents(whole)
+    assert len({f.stat().st_mode for f in (out / "shards").iterdir()}) == 1  # whoever may read one may read all
 
 
 def start(flags, out, *more):

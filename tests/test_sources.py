@@ -1,15 +1,19 @@
 """Every form of source: what is found, in which order, with which captions; random access; indices; filters."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 
+import numpy as np
 import pytest
 from data_sets import BAD_IMAGES, caption, encoded, jpeg, picture, write_bad_folder, write_folder, write_tar, write_tars
+from PIL import Image
 
 from senseflow.config import Data, UserError
 from senseflow.data import tars
-from senseflow.data.filters import select
+from senseflow.data.filters import HEAD, select
 from senseflow.data.samples import BadSample, captions_of
 from senseflow.data.sources import open_source
 from senseflow.data.tars import TarSource, index_tar, text_members
@@ -59,11 +63,49 @@ def test_a_folder_with_three_kinds_of_captions(tmp_path):
     assert read_all(named)[0]["x.png"][1] == ("a long one",)
     assert named.fingerprint != source.fingerprint
     before = source.fingerprint
+    text = (tmp_path / "set" / "0001.txt").read_text()
+    (tmp_path / "set" / "0001.txt").write_text("another caption altogether")
+    assert open_source(str(tmp_path / "set")).fingerprint != before
+    (tmp_path / "set" / "0001.txt").write_text(text)
     os.rename(tmp_path / "set", tmp_path / "moved")
     assert open_source(str(tmp_path / "moved")).fingerprint == before
     (tmp_path / "moved" / "0003.jpg").write_bytes(jpeg(3))
     (tmp_path / "moved" / "0003.txt").write_text("new")
     assert open_source(str(tmp_path / "moved")).fingerprint != before
+
+
+def test_a_metadata_file_for_the_folders_below_it(tmp_path):
+    """As Hugging Face's image folders have it: one at the top, file_name with the subfolder."""
+    folder = write_folder(tmp_path / "set" / "train", 3)
+    (folder / "0001.txt").unlink()
+    names = ["train/0000.jpg", "./train/0001.jpg", "train/0001.jpg", "train/gone.jpg", "../set/train/0002.jpg"]
+    lines = [json.dumps({"file_name": name, "text": f"row {i}"}) for i, name in enumerate(names)]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "set"))
+    captions = {key: texts for key, (_, texts) in read_all(source)[0].items()}
+    assert captions == {"train/0000.jpg": ("row 0",), "train/0001.jpg": ("row 1",), "train/0002.jpg": (caption(2),)}
+    assert reasons(source) == {"duplicate key": 1, "missing file": 2}
+
+
+def test_names_that_are_not_utf8_and_links_to_nowhere(tmp_path):
+    folder = write_folder(tmp_path / "set", 2)
+    for ext in (b".jpg", b".txt"):
+        os.rename(os.fsencode(folder / "0000") + ext, os.fsencode(folder) + b"/caf\xe9" + ext)
+    (folder / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "link.txt").write_text("a link")
+    source = open_source(str(folder))
+    assert [captions for _, captions in read_all(source)[0].values()] == [(caption(1),), (caption(0),)]
+    assert reasons(source) == {"missing file": 1}
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("caf\udce9", "two\nlines"):
+            for ext, data in (("jpg", jpeg(0)), ("txt", name.encode(errors="replace"))):
+                info = tarfile.TarInfo(f"{name}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    for _ in range(2):  # from the tar, then from its index
+        found = open_source(str(path))
+        assert list(read_all(found)[0]) == [f"{path}/caf\udce9", f"{path}/two\nlines"]
 
 
 def test_a_folder_with_everything_bad_gives_the_exact_counts(tmp_path):
@@ -288,11 +330,16 @@ def test_sizes_are_read_from_pictures_without_metadata(tmp_path):
     (folder / "tall.txt").write_text("tall")
     (folder / "bad.jpg").write_bytes(BAD_IMAGES["text"][0])
     (folder / "bad.txt").write_text("bad")
+    grain = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    (folder / "long.png").write_bytes(encoded(Image.fromarray(grain), "PNG"))  # more than is read for its size
+    (folder / "long.txt").write_text("long")
+    assert (folder / "long.png").stat().st_size > HEAD
     source = open_source(str(folder))
     found = select(source, Data(buckets=True))
     sizes = {
         source.key(int(i)): (int(w), int(h)) for i, w, h in zip(found.keep, found.width, found.height, strict=True)
     }
-    assert sizes == {"0000.jpg": (48, 40), "0001.jpg": (48, 40), "bad.jpg": (1, 1), "tall.jpg": (32, 64)}
+    assert sizes == {"0000.jpg": (48, 40), "0001.jpg": (48, 40), "bad.jpg": (1, 1), "long.png": (300, 200),
+                     "tall.jpg": (32, 64)}  # fmt: skip
     assert "bad.jpg" in [source.key(int(i)) for i in select(source, Data(min_side=33)).keep]
     shutil.rmtree(folder)

@@ -119,15 +119,22 @@ class Plan:
         return self
 
 
+def check_fractions(**values: float | Tensor) -> None:
+    """Raises ValueError for a number outside [0, 1]; a tensor is not looked at, for that would wait for its device."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def number_of(value: float | Tensor) -> float:
     return value.item() if isinstance(value, Tensor) else float(value)
 
 
-def _on_device(value: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """0-d fp32; a number without a copy from the host, which no graph captures."""
+def _on_device(value: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """0-d; a number without a copy from the host, which no graph captures."""
     if value is None or isinstance(value, Tensor):
-        return None if value is None else value.to(device, torch.float32)
-    return torch.full((), value, dtype=torch.float32, device=device)
+        return None if value is None else value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars) -> None:
@@ -136,8 +143,10 @@ def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars)
         op="adamw", beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], seed=seed
     )
     if plan.rows.is_cuda:
-        scalars = dict(lr=s.lr, lam=s.lam, ema_decay=s.ema_decay, grad_scale=s.grad_scale, found_inf=s.found_inf)
-        tensors = {name: _on_device(value, step.device) for name, value in scalars.items()}
+        wide = dict(lr=s.lr, lam=s.lam, ema_decay=s.ema_decay)  # as a CPU takes them, or the two differ in a bit
+        tensors = {name: _on_device(value, step.device, torch.float64) for name, value in wide.items()}
+        narrow = dict(grad_scale=s.grad_scale, found_inf=s.found_inf)
+        tensors |= {name: _on_device(value, step.device, torch.float32) for name, value in narrow.items()}
         _ext.update_cuda(plan.rows, plan.programs, scalars=tensors | dict(step=step.long()), **same)
     elif s.found_inf is None or not s.found_inf.item():
         weights = dict(phi_weight=1 - number_of(s.lam), ema_weight=1 - number_of(s.ema_decay))

@@ -18,7 +18,7 @@ from torch import Tensor
 from senseflow_kernels import _launch
 from senseflow_kernels._launch import INTERPRET, launches, log
 
-ABI = 2
+ABI = 3
 # senseflow_field
 FIELDS = ("phi", "phi_low", "theta", "theta_low", "ema", "grad", "m", "v", "m_exponent", "v_exponent")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # senseflow_dtype
@@ -65,13 +65,21 @@ def _load(name: str) -> tuple[Any, str | None]:
     return library, None
 
 
+def _other_version(library: Any, function: str, name: str) -> str | None:
+    """Why a library must not be called: a build of another version, whose tables would be read wrongly."""
+    abi = getattr(library, function)() if hasattr(library, function) else "none"
+    if abi == ABI:
+        return None
+    return f"{name} is of another version of this package (ABI {abi}, not {ABI}): install again"
+
+
 @functools.cache
 def _cpu() -> tuple[Any, str | None]:
     library, reason = _load("senseflow_csrc")
     if library is None:
         return None, reason
-    if (abi := library.senseflow_abi()) != ABI:
-        return None, f"libsenseflow_csrc.so is of another version of this package (ABI {abi}, not {ABI}): install again"
+    if reason := _other_version(library, "senseflow_abi", "libsenseflow_csrc.so"):
+        return None, reason
     library.senseflow_cpu_isa.restype = ctypes.c_char_p
     pointer = ctypes.c_void_p
     library.senseflow_update_cpu.argtypes = [pointer, ctypes.c_int64, pointer, pointer, ctypes.c_char_p]
@@ -83,6 +91,8 @@ def _cpu() -> tuple[Any, str | None]:
 def _cuda() -> tuple[Any, str | None]:
     library, reason = _load("senseflow_csrc_cuda")
     if library is not None:
+        if reason := _other_version(library, "senseflow_cuda_abi", "libsenseflow_csrc_cuda.so"):
+            return None, reason
         pointer = ctypes.c_void_p
         library.senseflow_update_cuda.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
         log.info("csrc runs on CUDA tensors")
@@ -195,8 +205,8 @@ def update_cuda(
 ) -> None:  # fmt: skip
     """As update_cpu in one launch on the current stream; rows and map_of's result on the device.
 
-    scalars: lr, lam, ema_decay, grad_scale, found_inf (fp32) and step (int64), 0-d on the device, read there; None or
-    missing: the weights given, 1, 0. Can be captured in a CUDA graph.
+    scalars: lr, lam, ema_decay (fp64), grad_scale, found_inf (fp32) and step (int64), 0-d on the device, read there;
+    None or missing: the weights given, 1, 0. Can be captured in a CUDA graph.
     """
     launches[op] += 1
     seed = (seed + 2**63) % 2**64 - 2**63

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from senseflow_kernels import _eight, _ext
-from senseflow_kernels._adamw import Part, Plan, Scalars, adamw_reference, launch
+from senseflow_kernels._adamw import Part, Plan, Scalars, adamw_reference, check_fractions, launch
 from senseflow_kernels._in_backward import InBackward
 from senseflow_kernels._launch import fused
 from senseflow_kernels._table import Group, local, paired, start_of
@@ -79,8 +79,11 @@ class AdamW(torch.optim.Optimizer):
         self._others: dict[str, list[Any]] = {}
         for name, tensors in (("phi", phi), ("phi_low", phi_low), ("ema", ema)):
             self._others[name] = [] if tensors is None else paired(name, list(tensors), thetas)
-        if len({t.data_ptr() for t in self._others["phi"]}) < len(self._others["phi"]):
-            raise ValueError("a tensor stands in phi twice (tied weights?): give it once")
+        for name in ("phi", "ema"):
+            if len({t.data_ptr() for t in self._others[name] if t.numel()}) < sum(
+                t.numel() > 0 for t in self._others[name]
+            ):
+                raise ValueError(f"a tensor stands in {name} twice (tied weights?): give it once")
         for i, p in enumerate(thetas):
             self._check(i, p)
         for group in self.param_groups:
@@ -124,6 +127,15 @@ class AdamW(torch.optim.Optimizer):
             state["low"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
         self.state[p] = state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle; tables of addresses are made again."""
+        mine = dict(precision=self.precision, moments=self.moments, seed=self.seed, _others=self._others)
+        return super().__getstate__() | mine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_others"):
             raise ValueError("the parameters of this optimizer are given once, when it is built")
@@ -140,10 +152,12 @@ class AdamW(torch.optim.Optimizer):
         coefficient: float | Tensor = 1.0,
     ) -> Any:  # fmt: skip
         """One update. lam, ema_decay: phi and EMA stay where they are 1. coefficient: gradients are multiplied by it
-        (clipping) without being written. All numbers or 0-d tensors, which are read on the device.
+        (clipping) without being written. All numbers or 0-d tensors, which are read on the device. Raises ValueError
+        for a number lam or ema_decay outside [0, 1].
 
         A parameter without a gradient keeps its value, moments and count; its phi and EMA move all the same.
         """
+        check_fractions(lam=lam, ema_decay=ema_decay)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -169,6 +183,9 @@ class AdamW(torch.optim.Optimizer):
     ) -> InBackward:  # fmt: skip
         """A context around one backward that updates each parameter as its gradient appears, and frees the gradient:
         they never exist together. lam, ema_decay: as step's. See InBackward for clip and found_inf."""
+        check_fractions(lam=lam, ema_decay=ema_decay)
+        if not clip >= 0:
+            raise ValueError(f"clip must be at least 0 (none), got {clip}")
         return InBackward(self, lam, ema_decay, clip, found_inf)
 
     def _alone(self, i: int, p: Tensor, group: dict[str, Any], s: Scalars) -> None:
@@ -257,9 +274,14 @@ class AdamW(torch.optim.Optimizer):
                 lerp_reference(group, weight, 0.0, torch.tensor(update, device=device))
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's layout, live tensors; a count of its own for each parameter, for torch adds to each."""
+        """torch.optim.AdamW's layout, live tensors; a count of its own for each parameter, for torch adds to each.
+        8-bit moments have other names, exp_avg_code, or torch would take the codes for the values."""
         whole = super().state_dict()
         whole["state"] = {i: {**state, "step": state["step"].clone()} for i, state in whole["state"].items()}
+        for state in whole["state"].values():
+            for name in NAMES:
+                if f"{name}_exponent" in state:
+                    state[f"{name}_code"] = state.pop(name)
         return whole
 
     @torch.no_grad()
@@ -269,7 +291,7 @@ class AdamW(torch.optim.Optimizer):
         for state in whole["state"].values():
             for name in NAMES:
                 if (exponent := state.pop(f"{name}_exponent", None)) is not None:
-                    state[name] = _decoded(state[name], exponent, NAMES[name])
+                    state[name] = _decoded(state.pop(f"{name}_code"), exponent, NAMES[name])
         return whole
 
     @torch.no_grad()
@@ -277,7 +299,11 @@ class AdamW(torch.optim.Optimizer):
         """Of this class or of torch.optim.AdamW. Keeps the dtypes of this optimizer (torch's own loading would cast
         fp32 moments to a bf16 parameter's), rounding to the nearest 8-bit code where only this one has such; `low` is 0
         where the saved state has none. Raises ValueError where parameters differ in number or shape."""
-        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        saved = [
+            {key.removesuffix("_code"): t for key, t in state_dict["state"].get(i, {}).items()}
+            for group in state_dict["param_groups"]
+            for i in group["params"]
+        ]
         mine = [p for group in self.param_groups for p in group["params"]]
         if len(saved) != len(mine):
             raise ValueError(f"the saved state is of {len(saved)} parameters, this optimizer has {len(mine)}")

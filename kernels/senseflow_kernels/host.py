@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from senseflow_kernels._adamw import check_fractions
 from senseflow_kernels.adamw import AdamW
 from senseflow_kernels.buckets import is_dtensor
 
@@ -28,7 +29,7 @@ class HostAdamW:
     `step` returns while the update runs; no two of one process run at a time. `wait` before anything reads or writes
     these parameters (and phi's), or the state, orders it with the current stream; it raises what the update raised.
     Adds to a parameter's bytes on the host, of split with fp32 moments: 12, and 2 for the gradient in bf16.
-    Raises ValueError for DTensors and for parameters of several devices.
+    Raises ValueError for DTensors, for parameters of several devices and for a phi that is no HostAdamW.
     """
 
     _worker = ThreadPoolExecutor(1, "senseflow-host-adamw")  # one: student's update writes what the fake's reads
@@ -40,6 +41,8 @@ class HostAdamW:
         devices = {p.device for p in self.params}
         if len(devices) != 1 or any(is_dtensor(p) for p in self.params):
             raise ValueError(f"host states are for unsharded parameters of one device, these are on {devices}")
+        if phi is not None and not isinstance(phi, HostAdamW):
+            raise ValueError(f"phi must be the HostAdamW of the parameters that follow, got a {type(phi).__name__}")
         self.device = devices.pop()
         self.phi, self.ema = phi, ema
         self.masters = [torch.nn.Parameter(self._host(p.detach(), p.dtype).copy_(p.detach())) for p in self.params]
@@ -69,6 +72,7 @@ class HostAdamW:
         found_inf: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Starts one update with the gradients as they are now; see AdamW.step. found_inf: not 0 to skip it."""
+        check_fractions(lam=lam, ema_decay=ema_decay)
         self.wait()
         if self.phi is not None:
             self.phi.wait()

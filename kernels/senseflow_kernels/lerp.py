@@ -236,7 +236,7 @@ def _csrc(
     rows, programs, _ = tables[0]
     if rows.is_cuda:
         _ext.update_cuda(
-            rows, programs, op="lerp", scalars=dict(lam=None if lam is None else lam.float(), step=step),
+            rows, programs, op="lerp", scalars=dict(lam=None if lam is None else lam.double(), step=step),
             phi_weight=weight, ema_weight=ema_weight, seed=group.seed,
         )  # fmt: skip
     else:

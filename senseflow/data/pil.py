@@ -6,7 +6,6 @@ Orientation as EXIF says; alpha on white; palettes, CMYK and 16 bits to 8-bit RG
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -42,34 +41,64 @@ def opened(data: bytes) -> Any:
         raise BadSample("not an image") from None
     except Image.DecompressionBombError as error:
         raise BadSample("too many pixels", str(error)) from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except Exception as error:  # TypeError, RuntimeError, KeyError: plugins meet all in spoiled bytes
         raise BadSample("corrupt image", str(error)) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSample("too many pixels", f"{width}x{height}")
     if min(width, height) < MIN_SIDE:
         raise BadSample("too small", f"{width}x{height}")
-    if getattr(image, "n_frames", 1) > 1:
-        raise BadSample("animated", f"{getattr(image, 'n_frames', 0)} frames")
+    if (frames := _frames(image)) > 1:
+        raise BadSample("animated", f"{frames} frames")
     return image
+
+
+def _frames(image: Any) -> int:
+    """Pictures in the file; 1 for MPO, a camera's JPEG with a preview or a gain map behind it. Raises BadSample."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception as error:  # Pillow looks through the whole file for them
+        raise BadSample("corrupt image", str(error)) from None
+
+
+def orientation(image: Any) -> int:
+    """EXIF's, 1 to 8; 1 where it does not parse.
+
+    Of a PNG that is not yet loaded: 1 where its EXIF lies behind the pixels. Pillow would decode them to look there,
+    and of a file's first bytes it cannot.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # spoiled EXIF is no reason to lose the picture
+        return 1
 
 
 def oriented_size(image: Any) -> tuple[int, int]:
     """(width, height) after EXIF's orientation."""
     width, height = image.size
-    return (height, width) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
+    return (height, width) if orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def upright(image: Any) -> Any:
+    """A loaded picture, turned as EXIF says."""
+    from PIL.Image import Transpose as T
+
+    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+             7: T.TRANSVERSE, 8: T.ROTATE_90}  # fmt: skip
+    turn = turns.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def rgb(data: bytes) -> Any:
     """The whole picture, upright, as a PIL image in RGB. Raises BadSample, also "truncated", "corrupt image"."""
-    import zlib
-
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     image = opened(data)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits: Pillow's own conversion would clip at 255
             values = np.asarray(image, np.float64)
             top = 65535 if image.mode != "F" else max(float(values.max()), 1.0)
@@ -78,7 +107,7 @@ def rgb(data: bytes) -> Any:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error) as error:
+    except Exception as error:  # as in `opened`
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
         raise BadSample("truncated" if cut else "corrupt image", str(error)) from None
 

@@ -93,18 +93,21 @@ def write_shard(folder: Path, kind: str, number: int, tensors: dict[str, Tensor]
         with partial.open("rb+") as f:
             os.fsync(f.fileno())
         digest = sha256_of(partial)
-        write_whole(file.with_suffix(".json"), to_json(record | {"sha256": digest}))
+        beside = file.with_suffix(".json")
+        write_whole(beside, to_json(record | {"sha256": digest}))
+        partial.chmod(beside.stat().st_mode)  # safetensors makes it the owner's alone
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def finished(folder: Path, kind: str, number: int) -> dict[str, Any] | None:
-    """A shard's record, None where it is not there."""
+    """A shard's record, None where the shard or the record is not there."""
     file = shard_file(folder, kind, number)
-    if not file.is_file():
+    record = file.with_suffix(".json")
+    if not (file.is_file() and record.is_file()):
         return None
-    return json.loads(file.with_suffix(".json").read_text())
+    return json.loads(record.read_text())
 
 
 def skips_of(record: dict[str, Any]) -> list[Skip]:

@@ -54,12 +54,14 @@ class FileSource:
 class FolderSource(FileSource):
     """A folder of pictures, its subfolders included, in the order of their names.
 
-    The caption of a/b.jpg: its row in a/metadata.jsonl (`file_name`, and the caption's column), else a/b.json (an
-    object with that column), else a/b.txt, all of it one caption. Files of other kinds are passed over.
+    The caption of a/b.jpg: its row in a/metadata.jsonl (`file_name`, and the caption's column) or in one of a folder
+    above (`file_name` with the subfolder), else a/b.json (an object with that column), else a/b.txt, all of it one
+    caption. Files of other kinds are passed over.
     """
 
     def __init__(self, path: str, columns: Sequence[str] = ()):
         super().__init__(path, [], columns)
+        self.rows: dict[str, dict[str, Any]] = {}  # of the metadata.jsonl read so far, by key
         digest = hashlib.sha256()
         for folder, subfolders, names in os.walk(path):
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
@@ -73,24 +75,29 @@ class FolderSource(FileSource):
     def _folder(self, folder: Path, names: list[str], digest: Any) -> None:
         there = set(names)
         where = os.path.relpath(folder, self.path)
-        rows = self._metadata(folder, where, there) if "metadata.jsonl" in there else {}
+        if "metadata.jsonl" in there:
+            self._metadata(folder, where)
         for name in names:
             stem, dot, ext = name.rpartition(".")
             if not dot or ext.lower() not in IMAGES or name.startswith("."):
                 continue
             key = os.path.normpath(os.path.join(where, name))
             sidecar = next((s for s in (f"{stem}.json", f"{stem}.txt") if s in there), None)
-            if name not in rows and sidecar is None:
+            if key not in self.rows and sidecar is None:
                 self.dropped.append(Skip(key, "no caption"))
                 continue
-            text = rows.get(name) or str(folder / str(sidecar))
+            text = self.rows.get(key) or str(folder / str(sidecar))
+            try:
+                size = (folder / name).stat().st_size
+                found = json.dumps(text) if key in self.rows else f"{sidecar} {os.stat(text).st_size}"
+            except OSError as error:  # a link to nowhere
+                self.dropped.append(Skip(key, "missing file", str(error.strerror)))
+                continue
             self.places.append((key, str(folder / name), text))
-            size = (folder / name).stat().st_size
-            digest.update(f"{key}\0{size}\0{json.dumps(text) if name in rows else sidecar}\n".encode())
+            digest.update(f"{key}\0{size}\0{found}\n".encode(errors="surrogateescape"))
 
-    def _metadata(self, folder: Path, where: str, there: set[str]) -> dict[str, dict[str, Any]]:
-        """file name -> row of a metadata.jsonl; lines that cannot be used are dropped, and so are later duplicates."""
-        rows: dict[str, dict[str, Any]] = {}
+    def _metadata(self, folder: Path, where: str) -> None:
+        """Adds the rows of a metadata.jsonl; lines that cannot be used are dropped, and so are later duplicates."""
         for number, line in enumerate((folder / "metadata.jsonl").read_bytes().splitlines(), 1):
             key = os.path.normpath(os.path.join(where, f"metadata.jsonl:{number}"))
             try:
@@ -101,13 +108,13 @@ class FolderSource(FileSource):
             name = row.get("file_name")
             if not isinstance(name, str):
                 continue
-            if name in rows:
+            place = os.path.normpath(os.path.join(where, name))
+            if place in self.rows:
                 self.dropped.append(Skip(key, "duplicate key", name))
-            elif name not in there:
+            elif place.startswith("..") or not (folder / name).is_file():
                 self.dropped.append(Skip(key, "missing file", name))
             else:
-                rows[name] = row
-        return rows
+                self.rows[place] = row
 
 
 class ListSource(FileSource):

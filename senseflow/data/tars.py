@@ -23,7 +23,7 @@ from senseflow.data.packages import cache_folder
 from senseflow.data.samples import BadSample, Record, Skip, captions_of, decoded_json, decoded_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass
@@ -128,6 +128,11 @@ def index_tar(path: str, texts: Sequence[str], needs_text: bool = True) -> Shard
     return Shard(path, builder.keys, members, builder.dropped)
 
 
+def _raw(names: str) -> bytes:
+    """As the file system or the tar has them: names need not be UTF-8."""
+    return names.encode(errors="surrogateescape")
+
+
 def cached_index(path: str, texts: Sequence[str], needs_text: bool) -> Shard:
     """`index_tar`, from the index file where there is one of this very tar. Raises BadSample."""
     try:
@@ -140,16 +145,17 @@ def cached_index(path: str, texts: Sequence[str], needs_text: bool) -> Shard:
     file = cache_folder() / "index" / name[:2] / f"{name[:32]}.npz"
     try:
         with np.load(file, allow_pickle=False) as kept:
-            keys = bytes(kept["keys"]).decode().split("\n") if kept["keys"].size else []
-            dropped = [tuple(row.split("\t")) for row in bytes(kept["dropped"]).decode().split("\n") if row]
+            keys = bytes(kept["keys"]).decode(errors="surrogateescape").split("\0") if kept["keys"].size else []
+            rows = bytes(kept["dropped"]).decode(errors="surrogateescape").split("\n")
+            dropped = [tuple(row.split("\t")) for row in rows if row]
             return Shard(path, keys, kept["members"], dropped)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, EOFError):
         shard = index_tar(path, texts, needs_text)
     out = io.BytesIO()
     lines = "\n".join("\t".join(part.replace("\t", " ").replace("\n", " ") for part in row) for row in shard.dropped)
     np.savez_compressed(
-        out, members=shard.members, keys=np.frombuffer("\n".join(shard.keys).encode(), np.uint8),
-        dropped=np.frombuffer(lines.encode(), np.uint8),
+        out, members=shard.members, keys=np.frombuffer(_raw("\0".join(shard.keys)), np.uint8),
+        dropped=np.frombuffer(_raw(lines), np.uint8),
     )  # fmt: skip
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +206,7 @@ class TarSource:
         """Of every key, offset and size; not of the shards' folder, which may move."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update("\n".join(shard.keys).encode() + b"\0" + shard.members.tobytes())
+            digest.update(_raw("\n".join(shard.keys)) + b"\0" + shard.members.tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:

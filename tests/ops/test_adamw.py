@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import pickle
+import types
 
 import pytest
 import torch
 from bits import FUSED, same
 
 from senseflow_kernels import AdamW, _ext, join_fp32, split_fp32, torch_path
-from senseflow_kernels.adamw import Plan
+from senseflow_kernels._adamw import Part, Plan, Scalars, launch
 
 SHAPES = [(33, 8), (7,), (), (1, 3, 5), (257, 65), (17, 256), (43, 3, 64)]  # the last two have 8-bit moments
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05)
@@ -281,6 +283,43 @@ def test_other_layouts():
     assert torch.equal(*results) and not torch.equal(results[0], weight)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("moments", [torch.float32, "8bit"], ids=str)
+def test_copies_go_on_as_the_original(how, moments):
+    """Parameters, phi, EMA and states of a copy are its own, and its next step has the original's bits."""
+    ours = Setup("split", moments=moments)
+    ours.step(0)
+    held = (ours.optimizer, ours.params, ours.phi, ours.phi_low, ours.ema)
+    other = copy.copy(ours)
+    copied = copy.deepcopy(held) if how == "deepcopy" else pickle.loads(pickle.dumps(held))
+    other.optimizer, other.params, other.phi, other.phi_low, other.ema = copied
+    before = [t.clone() for t in ours.tensors()]
+    other.step(1)
+    assert same([t.float() for t in ours.tensors()], [t.float() for t in before])
+    ours.step(1)
+    assert same([t.float() for t in ours.tensors()], [t.float() for t in other.tensors()])
+
+
+def test_numbers_reach_a_gpu_as_they_are(monkeypatch):
+    """lr, lam and the decay in fp64, numbers or tensors: 1 - fp32(.9999) is off by 1e-4 of itself."""
+    given = {}
+    monkeypatch.setattr(_ext, "update_cuda", lambda *tables, scalars, **more: given.update(scalars))
+    plan, part = Plan(), Part({}, [], [], [], torch.tensor(3.0))
+    plan.rows = types.SimpleNamespace(is_cuda=True)
+    group = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    launch(plan, part, group, 0, Scalars(1e-6, torch.tensor(0.97).double(), 0.9999, 0.5, torch.zeros(1)))
+    wide = {name: given[name].item() for name in ("lr", "lam", "ema_decay") if given[name].dtype == torch.float64}
+    assert wide == dict(lr=1e-6, lam=torch.tensor(0.97).double().item(), ema_decay=0.9999)
+    assert given["grad_scale"].dtype == given["found_inf"].dtype == torch.float32 and given["step"] == 3
+
+
+def test_a_library_of_another_version_is_not_called():
+    library = types.SimpleNamespace(f=lambda: _ext.ABI)
+    assert _ext._other_version(library, "f", "x.so") is None
+    for other in (types.SimpleNamespace(f=lambda: _ext.ABI - 1), types.SimpleNamespace()):
+        assert "install again" in _ext._other_version(other, "f", "x.so")
+
+
 def test_a_backward_through_old_values_is_refused():
     ours = Setup()
     out = (ours.params[0] ** 2).sum()
@@ -303,6 +342,7 @@ def test_what_is_refused():
         ("phi", [p], dict(phi=[])),
         (r"\(4,\) against ema|\(5,\)", [p], dict(ema=[torch.zeros(5)])),
         ("phi twice", [p, torch.nn.Parameter(torch.zeros(4))], dict(phi=[torch.zeros(4)] * 2)),
+        ("ema twice", [p, torch.nn.Parameter(torch.zeros(4))], dict(ema=[torch.zeros(4)] * 2)),
         ("must be dense and of fp32", [torch.nn.Parameter(torch.zeros(4).double())], {}),
         ("must be dense and of fp32", [torch.nn.Parameter(torch.zeros(8)[::2])], {}),
     ]:
@@ -315,6 +355,13 @@ def test_what_is_refused():
         optimizer.load_state_dict(AdamW([p, half]).state_dict())
     with pytest.raises(ValueError, match=r"exp_avg is \(5,\), not \(4,\)"):
         optimizer.load_state_dict(AdamW([torch.nn.Parameter(torch.zeros(5))]).state_dict())
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"lam must be in \[0, 1\]"):
+            optimizer.step(lam=bad)
+        with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\]"):
+            optimizer.in_backward(ema_decay=bad)
+    with pytest.raises(ValueError, match="clip must be at least 0"):
+        optimizer.in_backward(clip=-1.0)
     optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ValueError, match="amsgrad"):
         optimizer.step()

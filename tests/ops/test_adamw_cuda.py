@@ -47,6 +47,13 @@ class Net:
             p.grad.copy_(g)
         self.optimizer.step(lam=self.lam, ema_decay=0.875, coefficient=0.5)
 
+    def step_of_numbers(self, i):
+        """As fp32 they would be other numbers, and 1 - lam and 1 - decay off by far more than an ulp."""
+        for p, g in zip(self.params, values(10 + i, self.device, self.dtype), strict=True):
+            p.grad = g
+        self.optimizer.param_groups[0]["lr"] = 1e-2 / 3
+        self.optimizer.step(lam=0.97, ema_decay=0.9999, coefficient=1 / 3)
+
     def tensors(self):
         states = [t for p in self.params for t in self.optimizer.state[p].values()]
         return [t.detach().float().cpu() for t in (*self.params, *self.phi, *self.low, *self.ema, *states)]
@@ -63,6 +70,7 @@ def test_the_cpus_bits(precision, moments):
     for net in nets:
         for i in range(3):
             net.step(i)
+        net.step_of_numbers(3)
     assert _ext.launches["adamw"] > launched
     assert same(*nets)
 

@@ -181,7 +181,7 @@ def test_a_skipped_step_changes_nothing():
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+    before = [copy.deepcopy(optimizer.state[p]) for p in params], [p.detach().clone() for p in params]
     for path in (torch_path, None):
         optimizer.found_inf = torch.ones(1)
         if path:
@@ -202,6 +202,12 @@ def test_state_dicts_go_to_torch_and_back():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         ours.step()
     whole = ours.torch_state_dict()
+    theirs = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1.0)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for p in theirs.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(KeyError, match="exp_avg"):  # codes are not values
+        theirs.step()
     theirs = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1.0)
     theirs.load_state_dict(copy.deepcopy(whole))
     for i, q in enumerate(theirs.param_groups[0]["params"]):

@@ -378,7 +378,11 @@ def test_cuda_is_the_cpu_update(mode, dtype, moments):
         random = tuple(_ext.STREAMS) if mode == "stochastic" else ()
         rows = _ext.rows_of(on_gpu, random, list(range(n)), [11 * i for i in range(n)])
         scalars = dict(lr=LR, lam=LAM, ema_decay=EMA_DECAY, grad_scale=0.25, found_inf=0.0)
-        scalars = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
+        wide = ("lr", "lam", "ema_decay")
+        scalars = {
+            name: torch.tensor(value, device=device).to(torch.float64 if name in wide else torch.float32)
+            for name, value in scalars.items()
+        }
         scalars["step"] = torch.tensor(2, device=device)
         adamw(ours, mode, 2)
         _ext.update_cuda(

@@ -139,6 +139,11 @@ def test_an_error_arrives_at_wait(device):
 def test_what_is_refused():
     with pytest.raises(ValueError, match="of one device"):
         HostAdamW([torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4, device="meta"))])
+    one = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="phi must be the HostAdamW"):
+        HostAdamW([one], phi=[torch.zeros(4)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\]"):  # at once, not on the worker
+        HostAdamW([one]).step(lam=2.0)
     high, _ = split_fp32(torch.ones(4))
     with pytest.raises(ValueError, match="keeps theta in fp32"):
         HostAdamW([torch.nn.Parameter(high)], precision="fp32")
