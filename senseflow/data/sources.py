@@ -89,7 +89,7 @@ class FolderSource(FileSource):
             text = self.rows.get(key) or str(folder / str(sidecar))
             try:
                 size = (folder / name).stat().st_size
-                found = json.dumps(text) if key in self.rows else f"{sidecar} {os.stat(text).st_size}"
+                found = json.dumps(text) if key in self.rows else f"{sidecar} {os.stat(folder / str(sidecar)).st_size}"
             except OSError as error:  # a link to nowhere
                 self.dropped.append(Skip(key, "missing file", str(error.strerror)))
                 continue
