@@ -20,6 +20,10 @@ constexpr int64_t GRAIN = 1 << 15;  // elements: below it a second thread costs 
 constexpr char GENERIC[] = "x86-64";
 // Every CPU with AVX2 has F16C.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {  // what every server since 2017 (Intel) or 2022 (AMD) has of it
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #elif defined(__aarch64__)
 constexpr char GENERIC[] = "aarch64";
 #else
@@ -28,6 +32,7 @@ constexpr char GENERIC[] = "generic";
 
 const char* best_isa() {
 #if defined(__x86_64__)
+  if (has_avx512()) return "avx512";
   if (has_avx2()) return "avx2";
 #endif
   return GENERIC;
@@ -36,6 +41,7 @@ const char* best_isa() {
 // Null where this CPU lacks it.
 Kernel kernel_of(const char* isa) {
 #if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx512")) return has_avx512() ? update_avx512 : nullptr;
   if (!std::strcmp(isa, "avx2")) return has_avx2() ? update_avx2 : nullptr;
 #endif
   return std::strcmp(isa, GENERIC) ? nullptr : update_generic;

@@ -13,6 +13,7 @@ struct Update {
 // Elements first ... end - 1 of a row.
 typedef void (*Kernel)(const senseflow_row& row, int64_t first, int64_t end, const Update& update);
 void update_generic(const senseflow_row& row, int64_t first, int64_t end, const Update& update);
+void update_avx512(const senseflow_row& row, int64_t first, int64_t end, const Update& update);
 void update_avx2(const senseflow_row& row, int64_t first, int64_t end, const Update& update);
 
 }  // namespace senseflow

@@ -50,7 +50,7 @@ typedef int32_t (*senseflow_parallel_for)(
     int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 SENSEFLOW_API int32_t senseflow_abi(void);
-// The instruction set that runs here: "avx2", or what every CPU of the platform has ("x86-64", "aarch64", "generic").
+// The instruction set that runs here: "avx512", "avx2", or what every CPU of the platform has ("x86-64", "aarch64", "generic").
 SENSEFLOW_API const char* senseflow_cpu_isa(void);
 // 0, or 1 where the rows ask for what does not exist (an unknown dtype, random fp32, a low half beside fp32).
 // isa: null, or one that this CPU has, to compare.
