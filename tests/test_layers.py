@@ -13,10 +13,10 @@ FLOORS = {
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
     2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
-    3: "senseflow.algo",
+    3: "senseflow.algo senseflow.scores",
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export",
-    5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain",
+    5: "senseflow.evaluate senseflow.scoring senseflow.encoding senseflow.prepare senseflow.pretrain",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }
