@@ -12,7 +12,8 @@ FLOORS = {
     0: "senseflow_kernels senseflow senseflow.config",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
-    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
+    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file"
+    " senseflow.ablation",
     3: "senseflow.algo senseflow.scores",
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export",
