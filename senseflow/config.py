@@ -126,7 +126,7 @@ class Data(Section):
         "senseflow.prepare made; empty: the embedded emoji", ""
     )  # fmt: skip
     images: Literal["pictures", "teacher"] = doc(
-        "what the embedded set shows: its pictures, or the teacher's own many-step samples of their captions",
+        "without data.path: the embedded pictures, or the teacher's own many-step samples of their captions",
         "pictures",
     )
     batch: int = doc("images an iteration, over all ranks", 32)
@@ -153,8 +153,9 @@ class Train(Section):
     RANGES = {
         "iterations": (1, 10**9), "minutes": (0, 1e6), "gen_every": (1, 1000), "lr": (0, 1), "fake_lr": (0, 1),
         "disc_lr": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "eps": (0, 1), "weight_decay": (0, 10),
-        "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (0, INF), "fake_warmup": (0, 10**9),
-        "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
+        "warmup": (0, 10**9), "cooldown": (0, 1), "cooldown_others": (0, 1), "clip": (0, INF),
+        "fake_warmup": (0, 10**9), "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9),
+        "threads": (0, 1024),
     }  # fmt: skip
     iterations: int = doc("loop iterations; one in gen_every updates the student", 120)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
@@ -168,6 +169,7 @@ class Train(Section):
     weight_decay: float = doc("AdamW decoupled weight decay", 0.0)
     warmup: int = doc("linear learning-rate warm-up, iterations", 0)
     cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
+    cooldown_others: float = doc("share of their rates that fake and discriminator have left then; 1: all of it", 0.1)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
     precision: Literal["fp32", "split", "stochastic"] = doc(
         "storage of student and fake; split: bf16 and 16 bits beside it, so fp32; stochastic: bf16 rounded at random",

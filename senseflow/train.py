@@ -90,10 +90,8 @@ def open_data(cfg: Config, adapter: Any, teacher: nn.Module, device: torch.devic
 
 def build(cfg: Config, device: torch.device) -> tuple[Parts, Any]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
-    if cfg.data.images == "teacher" and (cfg.model.family != "embedded" or cfg.data.path):
-        raise UserError(
-            "data.images = 'teacher' needs model.family = 'embedded' and no data.path: allowed is 'pictures'"
-        )
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
