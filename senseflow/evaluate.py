@@ -66,13 +66,13 @@ class Scores:
 
     def cells(self) -> list[str]:
         return [
-            f"{self.kid:.0f}", f"{self.fd:.1f}", f"{self.patch_kid:.0f}", f"{self.patch_fd:.1f}",
-            f"{self.r1:.3f}", f"{self.cosine:.3f}", f"{self.kid_raw:.0f}",
+            f"{self.kid_raw:.0f}", f"{self.kid:.0f}", f"{self.fd:.1f}", f"{self.patch_kid:.0f}", f"{self.patch_fd:.1f}",
+            f"{self.r1:.3f}", f"{self.cosine:.3f}",
         ]  # fmt: skip
 
 
-COLUMNS = ["generator", "network calls", "KID x1000", "FD", "patch KID x1000", "patch FD",
-           "text R@1", "text cosine", "KID undithered"]  # fmt: skip
+COLUMNS = ["generator", "network calls", "KID x1000", "dithered: KID x1000", "FD", "patch KID x1000", "patch FD",
+           "text R@1", "text cosine"]  # fmt: skip
 
 
 def weights_sha256(folder: Path) -> str:
