@@ -96,6 +96,10 @@ class Model(Section):
     variant: Literal["full", "lora"] = doc(
         "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
     )
+    checkpointing: Literal["none", "full", "selective"] = doc(
+        "activations of student and fake that the backward makes again: none, all inside a block, or all but the "
+        "results of matrix products and attention", "none"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +279,10 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    checkpointing: bool = doc(
+        "the generator's backward makes activations of the VAE's decoder and of the backbone again, layer by layer",
+        False,
+    )
     skip_silent: bool = doc(
         "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
     )
@@ -324,6 +332,15 @@ class Log(Section):
 
 
 @dataclass(frozen=True)
+class Memory(Section):
+    NAME = "memory"
+    RANGES = {"device_gb": (0, 1e5), "ranks": (0, 10**6), "reserve_gb": (0, 1e3)}
+    device_gb: float = doc("of --dry-run: GB (1e9 bytes) of each GPU to plan for; 0: the device that is here", 0.0)
+    ranks: int = doc("of --dry-run: GPUs that split weights and states, and the batch; 0: as many as there are", 0)
+    reserve_gb: float = doc("of --dry-run: GB kept free for the context, libraries' workspaces and fragmentation", 3.0)
+
+
+@dataclass(frozen=True)
 class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
@@ -359,6 +376,7 @@ class Config(Section):
     ema: Ema = field(default_factory=Ema)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
+    memory: Memory = field(default_factory=Memory)
     kernels: Kernels = field(default_factory=Kernels)
 
     def __post_init__(self) -> None:
