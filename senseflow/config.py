@@ -96,6 +96,9 @@ class Model(Section):
     variant: Literal["full", "lora"] = doc(
         "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
     )
+    teacher_dtype: Literal["model", "fp8"] = doc(
+        "storage of the teacher's blocks: model.dtype, or float8 with a scale a channel, half of bf16's memory", "model"
+    )  # fmt: skip
     checkpointing: Literal["none", "full", "selective"] = doc(
         "activations of student and fake that the backward makes again: none, all inside a block, or all but the "
         "results of matrix products and attention", "none"
@@ -105,6 +108,8 @@ class Model(Section):
         super().__post_init__()
         if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
             raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
+        if self.teacher_dtype == "fp8" and self.variant == "lora":  # student and fake stand on its tensors
+            raise UserError("model.teacher_dtype = 'fp8': allowed is model with model.variant = 'lora'")
 
 
 @dataclass(frozen=True)

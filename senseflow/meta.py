@@ -105,8 +105,9 @@ class Uninitialised(TorchFunctionMode):
     FILLS = ("normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "copy_", "mul_", "add_", "clamp_", "erfinv_")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.FILLS and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
+        filled = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in self.FILLS and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
         return func(*args, **(kwargs or {}))
 
 

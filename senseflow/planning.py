@@ -336,6 +336,7 @@ class Planner:
         return self._stays[key]
 
     def ledger(self, cfg: Config) -> Ledger:
+        cfg = replace(cfg, {"model.teacher_dtype": "model"})  # of little weight here: a layer made wider at a time
         key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision, cfg.data.batch)
         if key not in self._ledgers:
             with self._device():
@@ -379,6 +380,7 @@ SWITCHES: tuple[tuple[str, tuple[Any, ...], float], ...] = (
     ("model.checkpointing", ("none", "selective", "full"), 1.1),
     ("optim.in_backward", (False, True), 1.3),
     ("train.moments", ("fp32", "bf16", "8bit"), 1.5),
+    ("model.teacher_dtype", ("model", "fp8"), 1.7),
     ("train.precision", ("fp32", "split", "stochastic"), 2.0),
     ("optim.host", (False, True), 3.0),
 )

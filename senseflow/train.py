@@ -52,7 +52,10 @@ from senseflow.steps import (
 )
 from senseflow.updates import Updates
 
-FREE_DATA_FIELDS = ("path", "workers", "prefetch", "timeout")
+# how fast batches come, where they lie and what is computed twice may change on the way
+FREE_FIELDS = {
+    "data": ("path", "workers", "prefetch", "timeout"), "model": ("checkpointing",), "disc": ("checkpointing",),
+}  # fmt: skip
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
 
@@ -233,9 +236,10 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool, fingerprin
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
     saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
-    for part in (saved["data"], now["data"]):  # how fast batches come is free to change, and so is where they lie
-        for name in FREE_DATA_FIELDS:
-            part.pop(name, None)
+    for part, names in FREE_FIELDS.items():
+        for name in names:
+            saved[part].pop(name, None)
+            now[part].pop(name, None)
     if state.get("data", fingerprint) != fingerprint:
         raise UserError(f"--resume: data.path = {cfg.data.path!r} holds other samples than it did in the checkpoint")
     for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):

@@ -12,6 +12,7 @@ from torch import nn
 import senseflow_kernels
 from senseflow.config import Config, Kernels, Model, UserError
 from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+from senseflow.models.fp8 import to_fp8
 from senseflow.models.lora import lora_pair
 from senseflow.models.recompute import checkpoint_blocks
 from senseflow_kernels import fuse_mmdit
@@ -83,6 +84,8 @@ def make_networks(cfg: Config, adapter: Any, device: torch.device) -> tuple[nn.M
     else:
         student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
     fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
+    if cfg.model.teacher_dtype == "fp8":
+        to_fp8(teacher, adapter.blocks(teacher))
     for net in (student, fake):
         checkpoint_blocks(net, cfg.model.checkpointing)
     return teacher, student, fake
