@@ -96,11 +96,20 @@ class Model(Section):
     variant: Literal["full", "lora"] = doc(
         "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
     )
+    teacher_dtype: Literal["model", "fp8"] = doc(
+        "storage of the teacher's blocks: model.dtype, or float8 with a scale a channel, half of bf16's memory", "model"
+    )  # fmt: skip
+    checkpointing: Literal["none", "full", "selective"] = doc(
+        "activations of student and fake that the backward makes again: none, all inside a block, or all but the "
+        "results of matrix products and attention", "none"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
             raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
+        if self.teacher_dtype == "fp8" and self.variant == "lora":  # student and fake stand on its tensors
+            raise UserError("model.teacher_dtype = 'fp8': allowed is model with model.variant = 'lora'")
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,10 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    checkpointing: bool = doc(
+        "the generator's backward makes activations of the VAE's decoder and of the backbone again, layer by layer",
+        False,
+    )
     skip_silent: bool = doc(
         "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
     )
@@ -326,6 +339,15 @@ class Log(Section):
 
 
 @dataclass(frozen=True)
+class Memory(Section):
+    NAME = "memory"
+    RANGES = {"device_gb": (0, 1e5), "ranks": (0, 10**6), "reserve_gb": (0, 1e3)}
+    device_gb: float = doc("of --dry-run: GB (1e9 bytes) of each GPU to plan for; 0: the device that is here", 0.0)
+    ranks: int = doc("of --dry-run: GPUs that split weights and states, and the batch; 0: as many as there are", 0)
+    reserve_gb: float = doc("of --dry-run: GB kept free for the context, libraries' workspaces and fragmentation", 3.0)
+
+
+@dataclass(frozen=True)
 class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
@@ -361,6 +383,7 @@ class Config(Section):
     ema: Ema = field(default_factory=Ema)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
+    memory: Memory = field(default_factory=Memory)
     kernels: Kernels = field(default_factory=Kernels)
 
     def __post_init__(self) -> None:

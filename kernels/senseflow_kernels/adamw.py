@@ -80,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
         for name, tensors in (("phi", phi), ("phi_low", phi_low), ("ema", ema)):
             self._others[name] = [] if tensors is None else paired(name, list(tensors), thetas)
         for name in ("phi", "ema"):
-            if len({t.data_ptr() for t in self._others[name] if t.numel()}) < sum(
+            if len({t.data_ptr() or id(t) for t in self._others[name] if t.numel()}) < sum(
                 t.numel() > 0 for t in self._others[name]
             ):
                 raise ValueError(f"a tensor stands in {name} twice (tied weights?): give it once")

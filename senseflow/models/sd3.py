@@ -67,6 +67,10 @@ class SD3Adapter:
         """Image tokens [B, T, D] after the middle block, which returns (text tokens, image tokens)."""
         return middle_tokens(net.transformer_blocks, lambda: self.predict(net, x, sigma, cond), 1)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return 77 + self.text_length, net.config.joint_attention_dim, net.config.pooled_projection_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 
