@@ -22,7 +22,7 @@ from senseflow.algo.rollout import backward_simulation
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
-from senseflow.flow import add_noise, omega, prediction_to_x0
+from senseflow.flow import add_noise, constants, omega, prediction_to_x0
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Adapter, Condition
 from senseflow.profiling import Profiler
@@ -126,7 +126,7 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     """
     d, ids = parts.draws, batch.samples
     shape = tuple(batch.latents.shape[1:])
-    anchors = torch.tensor([*parts.anchors, 0.0], device=batch.latents.device)
+    anchors = constants((*parts.anchors, 0.0), batch.latents.device)
     if d.coin(iteration, cfg.rollout.backward_prob):
         j = d.integer(iteration, len(parts.anchors))
         noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]

@@ -134,9 +134,9 @@ class FluxAdapter:
     @staticmethod
     def _image_ids(height: int, width: int, like: Tensor) -> Tensor:
         """(0, row, column) of each token: [H/2 W/2, 3]."""
-        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
-        return ids.to(like.device, like.dtype)
+        sides = [torch.arange(side // 2, device=like.device) for side in (height, width)]
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(like.dtype)
 
     def features(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Image tokens [B, T, D] after the middle of all blocks."""
