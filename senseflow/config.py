@@ -335,6 +335,14 @@ class Kernels(Section):
         "attention backend of fused blocks; auto: SENSEFLOW_ATTENTION or the first of the published order that works",
         "auto",
     )
+    compile: Literal["off", "blocks", "max"] = doc(
+        "torch.compile of the transformer blocks, the backbone's and the VAE's decoder; max: kernels tuned for minutes",
+        "off",
+    )
+    graphs: Literal["auto", "off", "on"] = doc(
+        "iterations as CUDA graphs, from the second of a kind on; auto: on one GPU where everything can be captured",
+        "auto",
+    )
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Parts:
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
+    moves: Callable[[str, float], None] = lambda _name, _bytes: None  # what a phase reads and writes; the same
 
 
 @dataclass
@@ -90,7 +91,7 @@ def phased(parts: Parts, profiler: Profiler) -> None:
     names = {id(parts.student): "student", id(parts.fake): "fake", id(parts.teacher): "teacher"}
     adapter: Any = PhasedAdapter(parts.adapter, profiler, names)
     parts.adapter = adapter
-    parts.phase = profiler.phase
+    parts.phase, parts.moves = profiler.phase, profiler.moves
 
 
 def range_of(u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def is_silent(parts: Parts, cfg: Config, iteration: int) -> bool:
         return False
     weights = omega(torch.tensor(parts.anchors), cfg.disc.omega, parts.adapter.schedule)
     zero = [w == 0 for w in weights.tolist()]
-    d = parts.draws
+    d = parts.draws.on_host()
     if not any(zero) or d.coin(iteration, cfg.rollout.backward_prob):
         return any(zero) and zero[d.integer(iteration, len(zero))]
     ids = torch.arange(iteration * cfg.data.batch, (iteration + 1) * cfg.data.batch)

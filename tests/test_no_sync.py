@@ -14,7 +14,7 @@ from senseflow.logs import MetricRing
 from senseflow.steps import encoded, is_silent
 from senseflow.train import build, drift, iterate
 from senseflow.updates import Updates
-from senseflow_kernels import AdamW
+from senseflow_kernels import AdamW, adamw
 
 CASES = {
     "embedded": [], "embedded, adaptive": ["--isg.midpoint", "adaptive", "--ida.mode", "adaptive"],
@@ -56,6 +56,7 @@ def test_an_iteration_never_waits_for_the_device(case, folders, monkeypatch):
     """Generator and critic iterations, by rollout and by forward noising, and what is kept of them until the log."""
     monkeypatch.setattr(train, "load_variants", few_pictures)
     monkeypatch.setattr(torch, "autocast", nullcontext_of_meta)
+    monkeypatch.setattr(adamw, "adamw_reference", lambda *_: None)  # below, as it takes meta tensors seconds
     cfg = settings(case, folders)
     parts, data = build(cfg, torch.device("cpu"))
     parts_on_meta(parts)
@@ -77,7 +78,9 @@ def test_a_step_of_adamw_in_torch_never_waits(precision, moments):
     """As on a GPU where csrc was not built."""
     theta, phi = (torch.zeros(256, 64, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in range(2))
     low = torch.zeros(256, 64, dtype=torch.int16, device=META) if precision == "split" else None
-    opt = AdamW([theta], precision=precision, moments=moments, phi=[phi.detach()], phi_low=None if low is None else [low])
+    opt = AdamW(
+        [theta], precision=precision, moments=moments, phi=[phi.detach()], phi_low=None if low is None else [low]
+    )
     for lam in (0.9, torch.full((), 0.9, device=META)):
         theta.grad = torch.zeros_like(theta)
         with NoSync() as watch:
