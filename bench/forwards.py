@@ -1,9 +1,9 @@
 """Forward-equivalents of an iteration, ours and the published order: `python -m bench.forwards [--json FILE]`.
 
-Every kind of iteration (generator's or critic's, each rollout length, forward noising, silent or not) runs once on small
-networks of the family's own classes, with hooks that count what goes through each network and what comes back, in
+Every kind of iteration (generator's or critic's, each rollout length, forward noising, silent or not) runs once on
+small networks of the family's own classes, with hooks that count what goes through each network and what comes back, in
 pictures per picture trained on; kinds are weighted by their probability. A forward counts 1; a backward 2 where weights
-get a gradient, 1 where it only passes through. TFLOP of one forward at true size: torch's FLOP counter on the meta device.
+get a gradient, 1 where it only passes through. TFLOP of a forward at true size: torch's FLOP counter on meta tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,16 @@ def counting(parts: Parts) -> Iterator[Counter]:
     if vfm is not None:
         watched.append(("backbone", vfm.patchify))
 
+    def came_back(name: str, pictures: int, _: Tensor) -> None:
+        counts[name] += pictures
+
     def hook(name: str, net: nn.Module) -> Callable[..., None]:
         def seen(_m: Any, _i: Any, out: Any) -> None:
             out = out[0] if isinstance(out, tuple) else out
             counts[name] += len(out)
             if out.requires_grad:
                 weight = 2 if any(p.requires_grad for p in net.parameters()) else 1
-                out.register_hook(lambda _, n=len(out): counts.update({name: weight * n}))
+                out.register_hook(partial(came_back, name, weight * len(out)))
 
         return seen
 

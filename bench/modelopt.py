@@ -1,7 +1,7 @@
 """nvidia-modelopt's DMD2 on our networks, batches and laws, for `bench.step`: its own pipeline calls, its own order.
 
 `pip install nvidia-modelopt==0.47.0`, in an environment of its own (it is Apache-2.0 and is only called). Backward
-simulation, GAN off, no EMA, fused AdamW and its caller's clipping: on both sides a generator and a fake update as often.
+simulation, GAN off, no EMA, fused AdamW and clipping: as many generator and fake updates on both sides.
 Its critic step makes the student's picture anew, and its guidance is two calls of the teacher.
 """
 
@@ -62,8 +62,9 @@ class ModeloptLoop:
         class Pipeline(DMDPipeline):  # type: ignore[misc, valid-type]
             """Calls our adapter, which packs and pads as the family needs; conditioning is a Condition."""
 
-            def _call_model(self, model: Any, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Any = None,
-                            **_: Any) -> Tensor:  # fmt: skip
+            def _call_model(
+                self, model: Any, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Any = None, **_: Any
+            ) -> Tensor:
                 return parts.adapter.predict(model, hidden_states, timestep, encoder_hidden_states)
 
             def sample_timesteps(self, n: int, **how: Any) -> Tensor:

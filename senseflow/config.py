@@ -89,6 +89,7 @@ class Model(Section):
     side: int = doc("side of the images, pixels", 32)
     text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)
     dtype: Literal["fp32", "bf16"] = doc("of frozen networks, and of the arithmetic in the trained ones", "fp32")
+    decode: Literal["fp32", "bf16"] = doc("of the arithmetic in the VAE's decoder, whose pictures D sees", "fp32")
     shift: float = doc("schedule shift: factor (linear) or mu (exponential)", 3.0)
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)

@@ -152,7 +152,7 @@ def test_where_graphs_cannot_be_is_said(made, monkeypatch):
     updates = Updates(cfg, parts)
     assert not isinstance(advance(cfg, parts, updates, iterate), Replayed)
     on = dataclasses.replace(cfg, kernels=dataclasses.replace(cfg.kernels, graphs="on"))
-    with pytest.raises(UserError, match="kernels.graphs = 'on': there are none on cpu; allowed is auto or off"):
+    with pytest.raises(UserError, match=r"kernels.graphs = 'on': there are none on cpu; allowed is auto or off"):
         advance(on, parts, updates, iterate)
     gpu = torch.device("cuda")
     assert reason_against(cfg, gpu) is None and "--profile" in reason_against(cfg, gpu, profile=True)

@@ -26,6 +26,7 @@ class SDXLAdapter:
 
     parameterization = "epsilon"
     network = "unet"
+    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, dtype: torch.dtype = torch.float32,
@@ -84,7 +85,7 @@ class SDXLAdapter:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents)
+        return autoencoder.decode(self.vae, latents, self.decode_dtype)
 
     @cached_property
     def text(self) -> Any:
