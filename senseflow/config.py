@@ -89,6 +89,7 @@ class Model(Section):
     side: int = doc("side of the images, pixels", 32)
     text_length: int = doc("T5 tokens of a prompt; 0: as the family's pipeline", 0)
     dtype: Literal["fp32", "bf16"] = doc("of frozen networks, and of the arithmetic in the trained ones", "fp32")
+    decode: Literal["fp32", "bf16"] = doc("of the arithmetic in the VAE's decoder, whose pictures D sees", "fp32")
     shift: float = doc("schedule shift: factor (linear) or mu (exponential)", 3.0)
     shift_kind: Literal["linear", "exponential"] = doc("form of the shift", "linear")
     steps: Literal[1, 2, 4, 8] = doc("steps of the student", 4)
@@ -357,6 +358,14 @@ class Kernels(Section):
     )  # fmt: skip
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "xformers", "efficient", "math", "torch"] = doc(
         "attention backend of fused blocks; auto: SENSEFLOW_ATTENTION or the first of the published order that works",
+        "auto",
+    )
+    compile: Literal["off", "blocks", "max"] = doc(
+        "torch.compile of the transformer blocks, the backbone's and the VAE's decoder; max: kernels tuned for minutes",
+        "off",
+    )
+    graphs: Literal["auto", "off", "on"] = doc(
+        "iterations as CUDA graphs, from the second of a kind on; auto: on one GPU where everything can be captured",
         "auto",
     )
 
