@@ -11,12 +11,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "senseflow_kernels senseflow senseflow.config",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.presets"
-    " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
-    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
+    " senseflow.cli senseflow.memory senseflow.watch senseflow.data.packages senseflow.models.adapter",
+    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.saving senseflow.metrics"
+    " senseflow.single_file",
     3: "senseflow.algo",
-    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
+    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.iteration senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export",
-    5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain",
+    5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain senseflow.resuming"
+    " senseflow.shipping",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }
