@@ -177,7 +177,7 @@ def write_manifest(path: Path, files: Mapping[str, list], **record: Any) -> None
     whole = dict(version=VERSION, **record, files=dict(files))
     whole["sha256"] = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     with (path / MANIFEST).open("w") as f:
-        f.write(json.dumps(whole, indent=1) + "\n")
+        f.write(json.dumps(whole, indent=1))
         f.flush()
         os.fsync(f.fileno())
     _sync(path)

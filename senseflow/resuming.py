@@ -15,7 +15,8 @@ from senseflow.updates import Updates
 # Sections whose every field decides what the weights become, and single fields of others.
 SECTIONS = ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema")
 FIELDS = ("seed", "train.precision", "train.moments", "optim.name", "optim.in_backward")
-FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout")  # how fast batches come, and where they lie
+# How fast batches come, where they lie, and what is computed twice.
+FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout", "model.checkpointing", "disc.checkpointing")
 
 
 def check_config(saved: dict[str, Any], cfg: Config) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import senseflow_kernels
-from senseflow import checkpoint, dist
+from senseflow import checkpoint, dist, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
+from senseflow.compiling import compile_parts, uncompiled
 from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import EmbeddedData
 from senseflow.data.cache import is_cache, open_cache
@@ -28,20 +29,21 @@ from senseflow.data.stream import open_stream
 from senseflow.dist import World
 from senseflow.draws import Draws
 from senseflow.evaluate import Look, make_evaluator, teacher_pictures
+from senseflow.graphs import advance
 from senseflow.iteration import iterate
 from senseflow.logs import Diverged, MetricRing, Monitors, NoLog, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import teacher_folder
-from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.families import DTYPES, make_adapter, make_networks
 from senseflow.models.identity import identity
-from senseflow.models.lora import lora_pair
+from senseflow.models.recompute import recompute_decoder, recomputed
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.resuming import check_config, is_best, read_state, resumed, roll_back
 from senseflow.saving import Saver
 from senseflow.shipping import looking, ship, skeleton_of
 from senseflow.steps import Parts, encoded, phased, text_vector
-from senseflow.updates import Updates, bytes_beside, drift
+from senseflow.updates import Updates, drift
 from senseflow.watch import Stop, Watchdog, say_alone
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
@@ -56,7 +58,10 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
             x = torch.zeros(1, *adapter.latent_shape, device=device)
             width = adapter.features(fake, x, torch.ones(1, device=device), cond).shape[2]
         return FakeFeatureDiscriminator(width).to(device), None
-    vfm = find_dinov2(cfg.disc.backbone).to(device)
+    vfm = find_dinov2(cfg.disc.backbone, device)
+    if cfg.disc.checkpointing:
+        recomputed(vfm.blocks)
+        recompute_decoder(adapter.vae)
     deepest, depth = max(cfg.disc.taps), len(vfm.blocks)
     if deepest >= depth:
         raise UserError(
@@ -86,36 +91,26 @@ def build(cfg: Config, device: torch.device, world: World | None = None) -> tupl
     """Every network and this rank's data; student and fake are sharded where the world is, the teacher not yet. Raises
     UserError for a family or a file that is not there."""
     world = world or World(device=device)
-    if cfg.data.images == "teacher" and (cfg.model.family != "embedded" or cfg.data.path):
-        raise UserError(
-            "data.images = 'teacher' needs model.family = 'embedded' and no data.path: allowed is 'pictures'"
-        )
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
-    teacher = adapter.load_network(DTYPES[cfg.model.dtype])
-    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
-    skeleton = None
-    if cfg.model.variant == "lora":
-        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
-        fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
-    else:
-        fuse_networks(cfg.kernels, cfg.model.family, device, teacher)
-        pair = []
-        for _ in range(2):  # sharded one after the other: no rank holds both whole
-            net = adapter.student_of(teacher, storage)
-            if world.sharded and world.main and skeleton is None:
-                skeleton = skeleton_of(net)
-            fuse_networks(cfg.kernels, cfg.model.family, device, net)
-            world.shard(net, adapter.blocks(net))
-            pair.append(net)
-        student, fake = pair
+    skeletons: list[nn.Module] = []
+
+    def place(net: nn.Module) -> None:
+        if world.sharded and world.main and not skeletons:
+            skeletons.append(skeleton_of(net))
+        world.shard(net, adapter.blocks(net))
+
+    teacher, student, fake = make_networks(cfg, adapter, device, place)
     data = world.in_turn(lambda: open_data(cfg, adapter, teacher, world))
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.example(), device)
     anchors = adapter.schedule.anchors(cfg.model.steps, cfg.model.anchors == "released")
-    parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed), world=world, skeleton=skeleton)
+    parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed), world=world)
+    parts.skeleton = skeletons[0] if skeletons else None
     trained = [p for net in (student, fake) if not world.sharded for p in net.parameters() if p.requires_grad]
     world.align([*trained, *([] if disc is None else [*disc.parameters(), *disc.buffers()])])
     if cfg.isg.midpoint == "adaptive":
@@ -141,26 +136,21 @@ def save_curve(curve: ErrorCurve, anchors: list[float], out: Path) -> None:
     figure.savefig(out / "xi.png")
 
 
-def plan(cfg: Config, parts: Parts) -> None:
-    """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
-    rows, total, seen = [], 0.0, set()
-    for name in ("teacher", "student", "fake", "disc", "vfm"):
-        net = getattr(parts, name)
-        if net is None:
-            continue
-        own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
-        seen |= {id(p) for p in own}
-        count = sum(p.numel() for p in own)
-        beside = (bytes_beside(cfg, name, p) if p.requires_grad else 0.0 for p in own)
-        gigabytes = sum(p.numel() * (p.element_size() + more) for p, more in zip(own, beside, strict=True)) / 1e9
-        total += gigabytes
-        rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
-    rows.append(["sum", "", f"{total:.3f}"])
-    print_table(
-        f"memory plan, batch {cfg.data.batch}, activations not counted",
-        ["part", "M parameters", "GB of weights, gradients, moments"],
-        rows,
-    )
+def plan(cfg: Config, ranks: int = 1) -> int:
+    """Prints what each of the ranks would hold in memory, and where that does not fit, the flags with which it does.
+    Returns the exit status: 1 where nothing fits."""
+    planner = planning.Planner(cfg, planning.target_of(cfg, ranks), iterate, build_discriminator)
+    first = planner.plan(cfg)
+    print_table(*planning.report(first))
+    if first.fits:
+        return 0
+    found = planning.smallest(planner, cfg)
+    if found is None:
+        print("It does not fit, with no set of switches: more devices, a smaller data.batch, or --model.variant lora")
+        return 1
+    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {planning.flags(found[0])}\n")
+    print_table(*planning.report(found[1]))
+    return 0
 
 
 def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool, fingerprint: str) -> tuple[int, dict[str, Any]]:
@@ -191,6 +181,9 @@ def train(args: Arguments) -> int:
     cfg = args.config
     if cfg.train.threads > 0:
         torch.set_num_threads(cfg.train.threads)
+    if args.dry_run:
+        rank, size, _ = dist.place() or (0, 1, 0)
+        return plan(cfg, size) if rank == 0 else 0
     status = run(args, dist.start(cfg))
     dist.stop()  # not after an error, in which the other ranks may still wait
     return status
@@ -202,10 +195,6 @@ def run(args: Arguments, world: World) -> int:
     started = time.monotonic()
     parts, data = build(cfg, world.device, world)
     updates = Updates(cfg, parts)
-    if args.dry_run:
-        if world.main:
-            plan(cfg, parts)
-        return 0
     total = cfg.train.iterations
     if args.profile:
         total = cfg.train.fake_warmup + 4 * cfg.train.gen_every  # warm-up, FLOPs, times, trace
@@ -218,6 +207,7 @@ def run(args: Arguments, world: World) -> int:
         (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
         if parts.curve is not None:
             save_curve(parts.curve, parts.anchors, out)
+    compile_parts(parts, cfg)
     shown = world.sharded or world.main  # this rank takes part in evaluations
     evaluator: Any = world.in_turn(lambda: make_evaluator(cfg, parts.adapter, parts.teacher) if shown else None)
     world.shard(parts.teacher, parts.adapter.blocks(parts.teacher))
@@ -233,9 +223,10 @@ def run(args: Arguments, world: World) -> int:
     if before:
         log.say(resumed(before["path"], world))
     ring = MetricRing()
-    profiler = Profiler(args.profile and world.main, out, total, cfg.train.gen_every)
+    profiler = Profiler(args.profile and world.main, out, total, cfg.train.gen_every, DTYPES[cfg.model.dtype])
     if args.profile:
         phased(parts, profiler)
+    step = advance(cfg, parts, updates, iterate, args.profile)
     t = cfg.train
     saver = Saver(out / "checkpoints", world, t.keep_last, t.keep_best, t.checkpoint_async)
 
@@ -249,7 +240,7 @@ def run(args: Arguments, world: World) -> int:
     def look(iteration: int) -> Look | None:
         if not shown:
             return None
-        with looking(parts, updates) as net:
+        with uncompiled(), looking(parts, updates) as net:
             result = evaluator.measure(net, parts.anchors)
         if result.scores is not None:
             scores[iteration] = result.scores.kid
@@ -280,7 +271,7 @@ def run(args: Arguments, world: World) -> int:
                 dog.beat(f"iteration {iteration + 1}")
                 with parts.phase("encode"):
                     batch = encoded(parts, batch, iteration)
-                metrics = iterate(cfg, parts, updates, batch, iteration)
+                metrics = step(batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
                 metrics["ida_drift"] = drift(updates)
@@ -332,7 +323,7 @@ def run(args: Arguments, world: World) -> int:
 
 def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look | None) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    with looking(parts, updates) as net:
+    with uncompiled(), looking(parts, updates) as net:
         columns, rows = evaluator.table(net, parts.anchors, last)
     if not parts.world.main:
         return

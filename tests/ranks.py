@@ -71,7 +71,7 @@ def small_parts():
         return EmbeddedData(EmojiSet(images, names), cond, cfg.seed, world.device, world.rank, world.size)
 
     kept = train.open_data, train.find_dinov2, EmbeddedAdapter.encode_prompts
-    train.open_data, train.find_dinov2 = data, lambda source: TinyVFM()
+    train.open_data, train.find_dinov2 = data, lambda *_: TinyVFM()
     EmbeddedAdapter.encode_prompts = prompts
     try:
         yield

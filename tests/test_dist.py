@@ -26,7 +26,7 @@ DMD2 = ("--disc.kind", "fake_features", "--isg.weight", "0", "--ida.lam", "1")
 FAST = {
     "fsdp": (),
     "ddp": ("--dist.mode", "ddp"),
-    "fsdp accumulate": ("--train.accumulate", "2"),
+    "fsdp accumulate recompute": ("--train.accumulate", "2", "--model.checkpointing", "full"),
     "dmd2": DMD2,
     "adaptive in_backward": ("--ida.mode", "adaptive", "--optim.in_backward", "true"),
 }

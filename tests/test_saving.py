@@ -136,8 +136,8 @@ def test_a_failure_behind_the_training_is_heard_at_the_next_wait(tmp_path):
     behind.save(1, state_of(1))
     behind.wait()
     assert behind.last == tmp_path / "c" / "step-00000001"
-    with pytest.raises(TypeError, match=r"state\['x'\] is a Path"):
-        behind.save(2, {"x": Path()})
+    with pytest.raises(TypeError, match=r"state\['x'\] is a object"):
+        behind.save(2, {"x": object()})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:

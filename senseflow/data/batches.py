@@ -66,6 +66,11 @@ def shuffled_index(seed: int, first: int, batch: int, count: int) -> Tensor:
     return torch.stack([_epoch_order(seed, p // count, count)[p % count] for p in positions])
 
 
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; the host waits for no copy to a GPU, as it is from pinned memory."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 class EmbeddedData:
     """The emoji variants in memory, with their prompt embeddings. Latents are the pixels (identity VAE)."""
 
@@ -102,6 +107,6 @@ class EmbeddedData:
         device = self.cond.embeds.device
         index = shuffled_index(self.seed, first, size, len(self))
         uint8 = pick_variants(self.images, index, self.seed * 15_485_863 + iteration)  # drawn for the whole batch
-        index, pixels = index[rows], to_float(uint8[rows]).to(device)
+        index, pixels = index[rows], to_float(on_device(uint8[rows], device))
         samples = torch.arange(first, first + size, device=device)[rows]
-        return Batch(pixels, pixels, self.cond.index(index.to(device)), samples)
+        return Batch(pixels, pixels, self.cond.index(on_device(index, device)), samples)
