@@ -236,6 +236,11 @@ class Backward:
     def lam(self, metrics: dict[str, Tensor]) -> float:
         return 1.0
 
+    def step_parts(self, losses: Any, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
+        for loss, _ in losses:
+            self.step(loss, iteration, *names)
+        return {}
+
     def step(self, loss: Tensor, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
         inputs = [p for name in names for p in self.params[name]]
         with ExitStack() as stack, self.parts.phase("backward"):

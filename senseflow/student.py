@@ -21,6 +21,7 @@ from senseflow.models.families import DTYPES, make_adapter
 from senseflow.models.loading import load_component, network_class
 
 RECORD = "senseflow.json"
+SHIPPED = ("updates/student", "updates/ema")  # the tensors of a checkpoint that are read here
 Weights = Literal["", "ema", "raw"]  # "": what the run ships, the EMA where it keeps one
 
 
@@ -95,7 +96,7 @@ class Student:
         path = self.state or newest_checkpoint(self.path) or newest_checkpoint(self.path.absolute().parent)
         if path is None:
             raise UserError(f"{self.path}: a LoRA is read from a run's checkpoints, and there are none")
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, *SHIPPED)
         cfg, updates = from_dict(state["config"]), state["updates"]
         if cfg.model.variant != "lora":
             raise UserError(f"{self.path} has no LoRA: it was trained with model.variant = {cfg.model.variant!r}")
@@ -122,7 +123,7 @@ def _put_ema(path: Path, named: list[tuple[str, nn.Parameter]], updates: dict[st
 
 def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, weights: Weights) -> nn.Module:
     """The student of a checkpoint, its tensors as saved."""
-    updates = checkpoint.load(path)["updates"]
+    updates = checkpoint.load(path, *SHIPPED)["updates"]
     if folder is not None:  # the structure alone, without the teacher's weights
         cls = network_class(folder / adapter.network)
         with torch.device("meta"):
@@ -140,7 +141,7 @@ def find_student(path: Path, weights: Weights = "") -> Student:
     weights "ema" or "raw" of a run means those of its newest checkpoint; "" its `student` folder.
     Raises UserError when there is none.
     """
-    if (path / checkpoint.STATE).is_file():
+    if checkpoint.is_checkpoint(path):
         return _of_checkpoint(path, weights)
     folder = path / "student" if (path / "student").is_dir() else path
     if weights:
@@ -158,7 +159,7 @@ def _of_checkpoint(path: Path, weights: Weights) -> Student:
     folder = path.absolute().parent.parent / "student"
     if (folder / RECORD).is_file():
         return Student(path, folder, path, _read(folder / RECORD), weights)
-    cfg = from_dict(checkpoint.load(path)["config"])
+    cfg = from_dict(checkpoint.load(path, "config")["config"])
     m = cfg.model
     schedule = DiffusionSchedule() if m.family == "sdxl" else FlowSchedule(m.shift, m.shift_kind)
     record = dict(
