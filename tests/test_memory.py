@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 from torch import nn
+from torch.nn import functional as F
 
-from senseflow import planning, train
+from senseflow import meta, planning, train
 from senseflow.cli import parse
 from senseflow.config import UserError, replace
 from senseflow.memory import GB, Ledger, Row, nbytes
+from senseflow.models import fp8
 from senseflow.models.families import make_adapter, make_networks
 from senseflow.planning import Planner, Target, flags, report, smallest, thriftier
 from senseflow.steps import encoded
@@ -317,3 +319,109 @@ def test_max_memory_allocated_within_5_percent(preset):
 
     row = measure(preset, [])
     assert row["predicted_gb"] == pytest.approx(row["max_memory_allocated_gb"], rel=0.05), json.dumps(row)
+
+
+# -- what stands for a GPU's tensors -------------------------------------------------------------------------------
+
+AUTOCAST = {
+    "linear": lambda a, b: F.linear(a, b), "matmul": lambda a, b: a @ b.mT, "conv2d": lambda a, b: F.conv2d(
+        a[None, None], b[None, None]), "layer_norm": lambda a, b: F.layer_norm(a, (8,)),
+    "group_norm": lambda a, b: F.group_norm(a[None], 4), "rms_norm": lambda a, b: F.rms_norm(a, (8,)),
+    "softmax": lambda a, b: a.softmax(-1), "F.softmax": lambda a, b: F.softmax(a, -1), "pow": lambda a, b: a.pow(2),
+    "**": lambda a, b: a**2, "rsqrt": lambda a, b: torch.rsqrt(a), "exp": lambda a, b: a.exp(),
+    "sum": lambda a, b: a.sum(), "mean": lambda a, b: a.mean(), "mse_loss": lambda a, b: F.mse_loss(a, b),
+    "cat": lambda a, b: torch.cat([a, b]), "stack": lambda a, b: torch.stack([a, b]), "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b, "addcmul": lambda a, b: torch.addcmul(b, a, a), "gelu": lambda a, b: F.gelu(a),
+    "silu": lambda a, b: F.silu(a),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_of_shapes_is_cudas(name):
+    """Dtypes of results, against torch's own CUDA autocast on fake tensors, for every mix of fp32 and bf16."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dtypes = (torch.float32, torch.bfloat16)
+    found, truth = [], []
+    for a, b in itertools.product(dtypes, dtypes):
+        with meta.Autocast(torch.bfloat16):
+            shapes = [torch.empty(4, 8, dtype=t, device="meta") for t in (a, b)]
+            found.append(AUTOCAST[name](*shapes).dtype)
+        with FakeTensorMode():
+            fakes = [torch.empty(4, 8, dtype=t, device="cuda") for t in (a, b)]
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            torch.set_autocast_enabled("cuda", True)
+            try:
+                truth.append(AUTOCAST[name](*fakes).dtype)
+            finally:
+                torch.set_autocast_enabled("cuda", False)
+    assert found == truth
+
+
+def test_attention_of_shapes_keeps_no_matrix():
+    """Output and one fp32 a row and head: what every memory-saving kernel keeps, and no [N, N]."""
+    q = torch.zeros(2, 3, 500, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with meta.StandsFor("cuda"), Ledger() as ledger:
+        ledger.known([q])
+        out = F.scaled_dot_product_attention(q, q, q)
+    assert out.shape == q.shape and 0 <= ledger.total - (q.numel() * 2 + 2 * 3 * 500 * 4) < 64
+
+
+# -- the teacher in 8 bits -----------------------------------------------------------------------------------------
+
+
+def test_eight_bits_by_arithmetic():
+    """A weight is off by at most 1/16 of itself, or 2^-18 of its row's largest; scales are powers of two, and what is
+    widened is exact in bf16. Rows of zeros and of one value come back as they are."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=g) * torch.logspace(-6, 3, 64)[:, None]
+    weight[0], weight[1] = 0, 3.0
+    linear = nn.Linear(128, 64)
+    linear.weight.data = weight.clone()
+    eight = fp8.Fp8Linear.of(linear)
+    wide = eight.widened()
+    error = (wide - weight).abs()
+    allowed = torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) * 2.0**-18)
+    assert (error <= allowed).all() and error.max() > 0
+    assert torch.equal(wide[:2], weight[:2])
+    assert torch.equal(torch.frexp(eight.scale)[0], torch.full((64, 1), 0.5))
+    assert torch.equal(wide.bfloat16().float(), wide)
+    x = torch.randn(5, 128, generator=g)
+    assert torch.equal(eight(x), F.linear(x, wide, linear.bias))
+    assert eight.weight.element_size() == 1 and not eight.weight.requires_grad
+
+
+def test_an_eight_bit_teacher_scores_nearly_as_before(folders):
+    """The embedded teacher, trained weights: its score is off by more than nothing and less than 5 % at every sigma;
+    student and fake are not touched, and the blocks take a quarter of fp32."""
+    from bench.fp8 import score_errors
+
+    cfg = config_of("tiny", folders)
+    parts, data = build(cfg, CPU)
+    rows = score_errors(cfg, parts, data, 4)
+    assert all(1e-4 < row["score"] < 0.05 for row in rows), rows
+    eight = replace(cfg, {"model.teacher_dtype": "fp8"})
+    teacher, student, fake = make_networks(eight, make_adapter(eight.model, CPU), CPU)
+    assert not any(isinstance(m, fp8.Fp8Linear) for net in (student, fake) for m in net.modules())
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), parts.student.parameters(), strict=True))
+    mine, plain = (by_part(planner_of(c).stays(c))["teacher"]["weights"] for c in (eight, cfg))
+    assert mine == sum(t.numel() * t.element_size() for t in itertools.chain(teacher.parameters(), teacher.buffers()))
+    assert mine < 0.45 * plain
+    with pytest.raises(UserError, match=r"model\.teacher_dtype = 'fp8': allowed is model"):
+        replace(eight, {"model.variant": "lora"})
+
+
+def test_an_iteration_with_all_switches(folders):
+    """Checkpointing everywhere and an 8-bit teacher, fused and not: the losses of a plain one but for the teacher."""
+    preset = "sd35-medium"
+    switches = ["--model.checkpointing=full", "--disc.checkpointing=true", "--model.teacher_dtype=fp8"]
+    rows = []
+    for more in ([], switches[:2], switches):
+        cfg = config_of(preset, folders, "--kernels.fuse=true", *more)
+        parts, data = build(cfg, CPU)
+        number = planning.busy_iteration(cfg, parts)
+        batch = encoded(parts, data.batch(number, 2), number)
+        metrics = iterate(cfg, parts, Updates(cfg, parts), batch, number)
+        rows.append({name: metrics[name].item() for name in ("dmd", "isg", "adv", "fake", "disc")})
+    assert rows[0] == rows[1]
+    assert all(rows[2][name] == pytest.approx(rows[0][name], rel=0.2) for name in rows[0]) and rows[2] != rows[0]

@@ -1,8 +1,8 @@
 """A frozen network in 8 bits a weight: float8 (e4m3) and one power of two an output channel, made wider layer by layer.
 
 e4m3 has 3 bits behind the point, so a weight is off by at most 1/16 of itself, whatever its size: a floating format
-needs a scale for its range alone. As a power of two it costs no bit, and weight times scale is exact in bf16. The matrix
-product is the same as before, so what 8 bits change is the weights and nothing else; they save memory, not time.
+needs a scale for its range alone. As a power of two it costs no bit, and weight times scale is exact in bf16. The
+matrix product is the same as before, so what 8 bits change is the weights and nothing else; they save memory, not time.
 """
 
 from __future__ import annotations
