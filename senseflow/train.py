@@ -21,6 +21,7 @@ from senseflow import checkpoint, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
+from senseflow.compiling import compile_parts, uncompiled
 from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.data.batches import Batch, EmbeddedData
 from senseflow.data.cache import is_cache, open_cache
@@ -29,10 +30,11 @@ from senseflow.data.stream import open_stream
 from senseflow.draws import Draws
 from senseflow.evaluate import Look, make_evaluator, teacher_pictures
 from senseflow.export import save_student
+from senseflow.graphs import advance
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import teacher_folder
-from senseflow.models.families import make_adapter, make_networks
+from senseflow.models.families import DTYPES, make_adapter, make_networks
 from senseflow.models.identity import identity
 from senseflow.models.lora import is_lora, merged, save_lora, shared_copy, trainable
 from senseflow.models.recompute import recompute_decoder, recomputed
@@ -97,10 +99,8 @@ def open_data(cfg: Config, adapter: Any, teacher: nn.Module, device: torch.devic
 
 def build(cfg: Config, device: torch.device) -> tuple[Parts, Any]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
-    if cfg.data.images == "teacher" and (cfg.model.family != "embedded" or cfg.data.path):
-        raise UserError(
-            "data.images = 'teacher' needs model.family = 'embedded' and no data.path: allowed is 'pictures'"
-        )
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
@@ -273,14 +273,16 @@ def train(args: Arguments) -> int:
     (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
     if parts.curve is not None:
         save_curve(parts.curve, parts.anchors, out)
+    compile_parts(parts, cfg)
     evaluator = make_evaluator(cfg, parts.adapter, parts.teacher)
     if not data.encodes_text:
         parts.adapter.free_text()
     monitors = Monitors(cfg.train.max_nonfinite)
     ring = MetricRing()
-    profiler = Profiler(args.profile, out, total, cfg.train.gen_every)
+    profiler = Profiler(args.profile, out, total, cfg.train.gen_every, DTYPES[cfg.model.dtype])
     if args.profile:
         phased(parts, profiler)
+    step = advance(cfg, parts, updates, iterate, args.profile)
 
     def save(iteration: int) -> None:
         state = {"config": to_dict(cfg), "updates": updates.state(), "data": data.fingerprint}
@@ -292,7 +294,8 @@ def train(args: Arguments) -> int:
         save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
 
     def look(iteration: int) -> Look:
-        result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
+        with uncompiled():
+            result = evaluator.measure(student_for_use(parts, updates), parts.anchors)
         picture = out / "grids" / f"{iteration:06d}.png"
         log.evaluation(iteration, result.row(), result.grid(evaluator), picture)
         return result
@@ -313,7 +316,7 @@ def train(args: Arguments) -> int:
                     batch = data.batch(iteration, cfg.data.batch)
                 with parts.phase("encode"):
                     batch = encoded(parts, batch, iteration)
-                metrics = iterate(cfg, parts, updates, batch, iteration)
+                metrics = step(batch, iteration)
             done = iteration + 1
             if done % cfg.log.every == 0:
                 metrics["ida_drift"] = drift(updates)
@@ -343,7 +346,8 @@ def train(args: Arguments) -> int:
 
 def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
-    columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
+    with uncompiled():
+        columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
     print_table("lower KID and FD are better", columns, rows)
     results = [dict(zip(columns, row, strict=True)) for row in rows]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parent.parent
 # floor lower, as models and data both stand on them: so neither folder needs the other.
 FLOORS = {
     0: "senseflow_kernels senseflow senseflow.config senseflow.meta",
-    1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.presets"
+    1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.profile_page senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
     2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
     3: "senseflow.algo",
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
-    " senseflow.model_card senseflow.parity senseflow.export",
+    " senseflow.model_card senseflow.parity senseflow.export senseflow.compiling senseflow.graphs",
     5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain senseflow.planning",
     6: "senseflow.train",
     7: "senseflow.ablate",

@@ -71,7 +71,9 @@ def make_adapter(model: Model, device: torch.device, source: str | Path = "") ->
         raise UserError(
             f"model.teacher = '': family {model.family!r} needs a diffusers folder or a hub id: --teacher PATH"
         )
-    return FAMILIES[model.family](model, where, device)
+    adapter = FAMILIES[model.family](model, where, device)
+    adapter.decode_dtype = DTYPES[model.decode]
+    return adapter
 
 
 def make_networks(cfg: Config, adapter: Any, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
