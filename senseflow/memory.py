@@ -130,6 +130,9 @@ class Ledger(TorchDispatchMode):
         finally:
             self._phase, self.inside = before
 
+    def moves(self, name: str, count: float) -> None:
+        """What a profiler is told of traffic is nothing to a ledger."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _on_meta(func, args, kwargs or {})
         self._count(out)
@@ -212,16 +215,20 @@ class Row:
     host: float = 0.0
 
 
+def gb(size: float) -> str:
+    """In 1e9 bytes, to the megabyte, below 10 MB to the kilobyte."""
+    return f"{size / GB:.3f}" if size >= 1e7 or not size else f"{size / GB:.6f}"
+
+
 def cells(rows: Sequence[Row], total: float, room: float, reserve: float) -> list[list[str]]:
     """The table's cells: rows of any size, the reserve, the sum, what the device has."""
-    shown = [[r.part, r.what, f"{r.device / GB:.3f}", f"{r.host / GB:.3f}" if r.host else ""] for r in rows
-             if r.device or r.host]  # fmt: skip
+    shown = [[r.part, r.what, gb(r.device), gb(r.host) if r.host else ""] for r in rows if r.device or r.host]
+    if reserve:
+        shown.append(["kept free", "context, libraries, fragmentation", gb(reserve), ""])
     host = sum(r.host for r in rows)
-    shown.append(["kept free", "context, libraries, fragmentation", f"{reserve / GB:.3f}", ""])
-    shown.append(["sum", "", f"{total / GB:.3f}", f"{host / GB:.3f}" if host else ""])
+    shown.append(["sum", "", gb(total), gb(host) if host else ""])
     left = room - total
-    shown.append(["device", f"{left / GB:.1f} GB left" if left >= 0 else f"{-left / GB:.1f} GB too few",
-                  f"{room / GB:.3f}", ""])  # fmt: skip
+    shown.append(["device", f"{gb(abs(left))} GB {'left' if left >= 0 else 'too few'}", gb(room), ""])
     return shown
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,12 +57,12 @@ class Target:
     ranks: int
 
 
-def target_of(cfg: Config, ranks: int = 1) -> Target:
-    """By memory.device_gb and memory.ranks, else the device that is here and the run's ranks."""
+def target_of(cfg: Config) -> Target:
+    """By memory.device_gb and memory.ranks, else the device that is here and the ranks that torchrun started."""
     found, size = device_bytes()
     if cfg.memory.device_gb:
         found, size = "cuda", cfg.memory.device_gb * GB
-    return Target(found, size, cfg.memory.ranks or ranks)
+    return Target(found, size, cfg.memory.ranks or int(os.environ.get("WORLD_SIZE", 1)))
 
 
 # -- the networks, from configs alone ------------------------------------------------------------------------------
@@ -290,13 +291,12 @@ def measured(cfg: Config, parts: Parts, iterate: Iterate, device_type: str) -> L
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: of the training's fullest moment. total: of them, the reserve, or more where the start needs more."""
+    """rows: of the run's fullest moment. total: their bytes on a device, and the reserve."""
 
     config: Config
     target: Target
     rows: list[Row]
     total: float
-    start: float
 
     @property
     def fits(self) -> bool:
@@ -361,9 +361,11 @@ class Planner:
             rows.append(Row(NAMES.get(phase, "step"), what, size))
         rows.append(Row("data", f"{cfg.data.prefetch} batches ahead", cfg.data.prefetch * self._batch(cfg)))
         reserve = cfg.memory.reserve_gb * GB if self.target.type == "cuda" else 0.0
-        extra = 0.0 if cached(cfg) else self.text
-        start = sum(r.device for r in stays) + self.text - extra + reserve
-        return Plan(cfg, self.target, rows, max(sum(r.device for r in rows) + reserve, start), start)
+        total = sum(r.device for r in rows)
+        start = sum(r.device for r in stays) + (self.text if cached(cfg) else 0.0)
+        if start > total:  # the encoders are gone before there are activations
+            rows.append(Row("text encoders", "at the start, beyond the step", start - total))
+        return Plan(cfg, self.target, rows, max(total, start) + reserve)
 
     def _batch(self, cfg: Config) -> float:
         batch = planned_batch(self._local(cfg), self.parts(cfg))
