@@ -333,13 +333,20 @@ def make_evaluator(cfg: Config, adapter: Any, teacher: nn.Module) -> Evaluator |
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The embedded table for --student of the embedded family or --make-reference, as before; with any other flag the
+    metrics of the field (scoring.py)."""
     from senseflow.logs import print_table
 
+    words = sys.argv[1:] if argv is None else argv
+    if {w.partition("=")[0] for w in words if w.startswith("-")} - {"--student", "--teacher", "--make-reference"}:
+        from senseflow.scoring import main as score
+
+        return score(list(words))
     parser = argparse.ArgumentParser(prog="python -m senseflow.evaluate", description=__doc__)
     parser.add_argument("--student", type=Path, help="run folder")
     parser.add_argument("--teacher", default="", help="teacher folder; default: the embedded one")
     parser.add_argument("--make-reference", type=Path, help="folder to write a reference into")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     cfg = tiny()
     folder = teacher_folder(args.teacher)
     try:
