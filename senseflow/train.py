@@ -341,6 +341,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
         return train(args)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"senseflow.train: {str(error).partition('. ')[0]}: --dry-run prints what holds the memory, and the flags "
+            "with which it fits", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (UserError, senseflow_kernels.Unavailable) as error:
         print(f"senseflow.train: {error}", file=sys.stderr)
         return 2
