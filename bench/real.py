@@ -218,9 +218,10 @@ def show(preset: str, record: dict[str, Any]) -> None:
         return
     total = sum(record["iterations_ms"])
     rows = [
-        [p["phase"], str(p["calls"]), f"{p['median_ms']:.1f}", f"{100 * p['sum_ms'] / total:.1f}", f"{p['peak_gb']:.2f}"]
+        [p["phase"], str(p["calls"]), f"{p['median_ms']:.1f}", f"{100 * p['sum_ms'] / total:.1f}",
+         f"{p['peak_gb']:.2f}"]
         for p in record["phases"]
-    ]
+    ]  # fmt: skip
     title = f"{preset} {' '.join(record['rung'])} on {harness.device_name()}, {len(record['iterations_ms'])} iterations"
     print_table(title, ["phase", "calls", "ms (median)", "share %", "peak GB"], rows)
     kinds = {kind: record[f"{kind}_ms"] for kind in ("critic", "generator")}

@@ -34,7 +34,7 @@ def _released(name: str, **parts) -> Config:
     """What the four released trainers share; the rest of Train's and Fake's values are the defaults of config.py.
 
     Batch 8 on 8 GPUs, AdamW .9/.999, eps 1e-8, no weight decay (paper.md 4); clip 1, no student EMA, a coin of
-    one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
+    one half (paper.md 2); DMD weight 1, no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
     evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
 
@@ -129,7 +129,7 @@ def sdxl() -> Config:
         "sdxl",
         model=Model(family="sdxl", shift=1.0, **REAL),
         train=_train(18_000, 5, 1e-6),
-        dmd=Dmd(t_law="uniform", guidance_min=8.0, guidance_max=8.0),
+        dmd=Dmd(t_law="uniform", t_max=0.981, guidance_min=8.0, guidance_max=8.0),  # indices 20 to 980
         fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),

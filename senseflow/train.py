@@ -348,9 +348,10 @@ def train(args: Arguments) -> int:
 def final_table(log: RunLog, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look) -> None:
     """Teacher few-step and many-step beside the student, both samplers; printed and written to results.json."""
     columns, rows = evaluator.table(student_for_use(parts, updates), parts.anchors, last)
-    print_table("lower KID and FD are better", columns, rows)
-    results = [dict(zip(columns, row, strict=True)) for row in rows]
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if rows:  # none for a teacher that the score networks do not know
+        print_table("lower KID and FD are better", columns, rows)
+        results = [dict(zip(columns, row, strict=True)) for row in rows]
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     log.say(
         f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
         f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
