@@ -2,9 +2,9 @@
 
 The trainer's own `build` and `iterate`. What it would read is made on the device instead: networks of the public
 checkpoints' configs (models/public.py), a DINOv2 ViT-L/14, pictures, latents and prompt embeddings. So nothing is
-downloaded, and times and memory are those of a training from caches; the losses mean nothing. Prints ms per phase and
-peak GB, and writes bench/results/DEVICE/real/DATE-COMMIT-PRESET.json. Where the preset does not fit, leaner settings
-(RUNGS) are tried, and named.
+downloaded, and times and memory are those of a training from caches; the losses mean nothing. Prints ms per phase (so
+without CUDA graphs, as --profile) and peak GB, and writes bench/results/DEVICE/real/DATE-COMMIT-PRESET.json. Where the
+preset does not fit, leaner settings (RUNGS) are tried, and named.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bench import harness
 from senseflow import train
 from senseflow.cli import parse
+from senseflow.compiling import compile_parts
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.logs import print_table
@@ -42,9 +43,10 @@ MODULES = {
     "sd35": (sd3, sd3.SD3Adapter), "flux": (flux, flux.FluxAdapter), "sdxl": (sdxl, sdxl.SDXLAdapter),
     "flux2": (flux2, flux2.Flux2Adapter),
 }  # fmt: skip
-# The preset as it is, then with less beside each weight: docs/precision.md, Memory.
-LEAN = ("--train.moments", "8bit", "--optim.in_backward", "true")
-RUNGS: tuple[tuple[str, ...], ...] = ((), LEAN, (*LEAN, "--train.precision", "stochastic"))
+# The preset as it is, then with fewer activations, then with less beside each weight: docs/precision.md, Memory.
+RECOMPUTED = ("--model.checkpointing", "full", "--disc.checkpointing", "true")
+LEAN = (*RECOMPUTED, "--train.moments", "8bit", "--optim.in_backward", "true")
+RUNGS: tuple[tuple[str, ...], ...] = ((), RECOMPUTED, LEAN, (*LEAN, "--train.precision", "stochastic"))
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def run(cfg: Config, sizes: Sizes, iterations: int, device: torch.device) -> dic
     with made_not_read(cfg, sizes, device):
         parts, data = train.build(cfg, device)
         updates = Updates(cfg, parts)
+        compile_parts(parts, cfg)
         profiler = Profiler(False, Path(), 2 * iterations, iterations)  # its first half is timed, nothing is traced
         phased(parts, profiler)
         built = time.monotonic() - start
@@ -218,10 +221,9 @@ def show(preset: str, record: dict[str, Any]) -> None:
         return
     total = sum(record["iterations_ms"])
     rows = [
-        [p["phase"], str(p["calls"]), f"{p['median_ms']:.1f}", f"{100 * p['sum_ms'] / total:.1f}",
-         f"{p['peak_gb']:.2f}"]
+        [p["phase"], str(p["calls"]), f"{p['median_ms']:.1f}", f"{p['sum_ms'] / total:.1%}", f"{p['peak_gb']:.2f}"]
         for p in record["phases"]
-    ]  # fmt: skip
+    ]
     title = f"{preset} {' '.join(record['rung'])} on {harness.device_name()}, {len(record['iterations_ms'])} iterations"
     print_table(title, ["phase", "calls", "ms (median)", "share %", "peak GB"], rows)
     kinds = {kind: record[f"{kind}_ms"] for kind in ("critic", "generator")}

@@ -32,6 +32,8 @@ class Switches:
     read_back: bool = True  # .item() of every loss and norm
     fused_adamw: bool = False  # torch.optim.AdamW(fused=True) instead of its foreach form
     batched_cfg: bool = True  # as published; False: two teacher calls, as FastGen's and modelopt's loops do
+    encode_online: bool = False  # published: prompt, empty prompt and picture are encoded anew every iteration
+    own_sample_for_d: bool = False  # modelopt: D's step makes the student's picture a second time
 
 
 class ReleasedLoop:
@@ -166,6 +168,16 @@ class ReleasedLoop:
         for target, p in zip(targets, theta, strict=True):
             target.data.mul_(keep).add_(p.data, alpha=1 - keep)
 
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> None:
+        """What the caches hold, once more: as many tokens as any prompt has, padded, and the picture's latents."""
+        a: Any = self.parts.adapter
+        a.encode_prompts([""] * len(batch.samples))
+        if a.uncond(1) is not None:
+            a.encode_prompts([""])
+        if a.vae is not None:
+            a.encode(batch.pixels, self._normal("posterior", batch))
+
     def _generator(self, batch: Batch) -> dict[str, Tensor]:
         cfg, losses = self.cfg, {}
         self._toggle(False)
@@ -188,6 +200,8 @@ class ReleasedLoop:
         is_gen = (iteration + 1) % self.cfg.train.gen_every == 0
         self._student(batch, is_gen)
         losses: dict[str, Tensor] = {}
+        if self.switches.encode_online:
+            self._encode(batch)
         if is_gen:
             losses = self._generator(batch)
         elif self.switches.look_always:
@@ -195,6 +209,10 @@ class ReleasedLoop:
                 self._logits(self._features(self.parts.adapter.decode(self.x0), batch, "augment.fake"), batch)
         losses["fake"] = self._fake(batch)
         self._step("fake", [losses["fake"]])
+        if self.switches.own_sample_for_d:
+            self.taps, x0 = None, self.x0
+            self._student(batch, False)
+            assert is_gen or torch.equal(x0, self.x0)
         real, fake = self._hinge(batch)
         losses["disc"] = real + fake
         self._step("disc", [real, fake])

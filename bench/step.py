@@ -3,7 +3,9 @@
 Every form trains its own copy of the same weights on the same batches and draws, in turns within one process, so a
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
 Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
-off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile).
+off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile);
+`ours, compile` has the same compiled. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
+nvidia-modelopt's DMD2, where that is installed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.harness import environment
+from bench.modelopt import ModeloptLoop
 from bench.released import ReleasedLoop, Switches
 from senseflow.cli import parse
 from senseflow.config import UserError
@@ -91,25 +94,34 @@ def compiled(parts: Parts) -> None:
 
 def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
     """Name -> (one iteration, its counts). Raises UserError for a name that is none."""
-    recipes: dict[str, Switches | None] = {"ours": None, "released": Switches()}
-    for f in fields(Switches):
+    recipes: dict[str, Switches | None] = {"ours": None}
+    if cfg.disc.kind == "none":  # DMD2 without a GAN
+        recipes |= {"ours, compile": None, "modelopt": None}
+    else:
+        recipes |= {"ours, compile": None, "released": Switches()}
+    for f in fields(Switches) if cfg.disc.kind != "none" else ():
         value = not getattr(Switches(), f.name)
         recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
-    recipes["tuned"] = LEAN
+    if cfg.disc.kind != "none":
+        recipes["tuned"] = LEAN
     known = list(recipes)
     if unknown := [name for name in only if name not in known]:
         raise UserError(f"--only {unknown[0]!r}: allowed is {', '.join(known)}")
     made: dict[str, tuple[Iterate, Counter]] = {}
     for name in only or known:
-        mine, counts = own_copy(parts, frozen_too=name == "tuned")
+        mine, counts = own_copy(parts, frozen_too=name in ("tuned", "ours, compile"))
         switches = recipes[name]
-        if switches is None:
+        if name == "ours, compile":
+            compiled(mine)
+        if name == "modelopt":
+            made[name] = ModeloptLoop(cfg, mine, told=2 * cfg.train.gen_every).iterate, counts
+        elif switches is None:
             updates = Updates(cfg, mine)
             made[name] = (lambda b, i, p=mine, u=updates: iterate(cfg, p, u, b, i)), counts
-            continue
-        if name == "tuned":
-            compiled(mine)
-        made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
+        else:
+            if name == "tuned":
+                compiled(mine)
+            made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
     return made
 
 

@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 from senseflow.config import Config, UserError, describe, near, replace, settings, span
 from senseflow.presets import PRESETS
 
-ALIASES = {"teacher": "model.teacher", "data": "data.path"}
+ALIASES = {
+    "teacher": "model.teacher", "data": "data.path", "compile": "kernels.compile", "graphs": "kernels.graphs",
+}  # fmt: skip
 SWITCHES = {
     "profile": "run one measured TTUR cycle: trace and table per phase",
     "dry-run": "print the plan and stop",

@@ -7,6 +7,7 @@ stream key in between; int64 arithmetic wraps, as torch defines it.
 
 from __future__ import annotations
 
+import copy
 import math
 from zlib import crc32
 
@@ -46,15 +47,23 @@ class Draws:
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.clock: Tensor | None = None  # int64, 0-d: read instead of `iteration` on its device, by CUDA graphs
 
     def _key(self, iteration: int, stream: str) -> int:
         key = _mix_int(self.seed + GOLDEN)
         key = _mix_int(key ^ (iteration * GOLDEN))
         return _mix_int(key + crc32(stream.encode()) * MIX1)
 
+    def _key_on(self, device: torch.device, iteration: int, stream: str) -> int | Tensor:
+        """_key for arithmetic on a device: where the clock is, from the clock, so that a replay has new numbers."""
+        if self.clock is None or self.clock.device != device:
+            return _signed(self._key(iteration, stream))
+        key = _mix(self.clock * _signed(GOLDEN) ^ _signed(_mix_int(self.seed + GOLDEN)))
+        return _mix(key + _signed(crc32(stream.encode()) * MIX1))
+
     def _bits(self, iteration: int, samples: Tensor, stream: str, count: int) -> Tensor:
         """Random int64 [B, count]."""
-        rows = _mix(samples.long() * _signed(GOLDEN) + _signed(self._key(iteration, stream)))
+        rows = _mix(samples.long() * _signed(GOLDEN) + self._key_on(samples.device, iteration, stream))
         elements = torch.arange(1, count + 1, device=samples.device) * _signed(GOLDEN)
         return _mix(rows[:, None] + elements)
 
@@ -73,6 +82,12 @@ class Draws:
         angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
         return pairs[:, :count].reshape(len(samples), *shape)
+
+    def on_host(self) -> Draws:
+        """The same numbers by `iteration` alone, whatever the clock says."""
+        found = copy.copy(self)
+        found.clock = None
+        return found
 
     def _host(self, iteration: int, stream: str) -> float:
         return (_mix_int(self._key(iteration, stream) + GOLDEN) >> 11) * 2.0**-53

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 STEPS = (1, 2, 4, 8)
+CPU = torch.device("cpu")
 RELEASED_FLUX = {4: [1.0, 0.904, 0.759, 0.512]}  # integers / 1000, as released for FLUX
 
 
@@ -64,10 +65,16 @@ class FlowSchedule:
 
 
 @lru_cache
-def _sdxl_alpha_bar() -> Tensor:
-    """alpha_bar, fp64 [1000]: SDXL's scaled-linear betas .00085 to .012."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, 0)
+def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of the host as a tensor of the device, copied there once: each such copy makes the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@lru_cache
+def _sdxl_alpha_bar(device: torch.device = CPU) -> Tensor:
+    """alpha_bar, fp64 [1000]: SDXL's scaled-linear betas .00085 to .012; computed on the host, kept on each device."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device=CPU) ** 2
+    return torch.cumprod(1 - betas, 0).to(device)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class DiffusionSchedule:
     def sigma(self, u: Tensor) -> Tensor:
         """sigma at index floor(1000 u) of the table, u in [0, 1]."""
         index = (u * 1000 + 1e-3).long().clamp(0, 999)  # an fp32 u of 0.249 must not fall to 248
-        return (1 - _sdxl_alpha_bar().to(u.device)[index]).sqrt().to(u.dtype)
+        return (1 - _sdxl_alpha_bar(u.device)[index]).sqrt().to(u.dtype)
 
     def unshift(self, sigma: Tensor) -> Tensor:
         """u in [0, 1): the index over 1000 whose table entry is nearest, 0 for sigma 0."""
@@ -90,7 +97,7 @@ class DiffusionSchedule:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Index int64 of the table whose sigma is nearest."""
-        table = (1 - _sdxl_alpha_bar().to(sigma.device)).sqrt()
+        table = (1 - _sdxl_alpha_bar(sigma.device)).sqrt()
         right = torch.searchsorted(table, sigma.double()).clamp(1, 999)
         left_is_nearer = sigma.double() - table[right - 1] < table[right] - sigma.double()
         return torch.where(left_is_nearer, right - 1, right)

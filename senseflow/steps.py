@@ -22,7 +22,7 @@ from senseflow.algo.rollout import backward_simulation
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
-from senseflow.flow import add_noise, omega, prediction_to_x0
+from senseflow.flow import add_noise, constants, omega, prediction_to_x0
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Adapter, Condition, in_dtype
 from senseflow.profiling import Profiler
@@ -43,6 +43,7 @@ class Parts:
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
+    moves: Callable[[str, float], None] = lambda _name, _bytes: None  # what a phase reads and writes; the same
 
 
 @dataclass
@@ -90,7 +91,7 @@ def phased(parts: Parts, profiler: Profiler) -> None:
     names = {id(parts.student): "student", id(parts.fake): "fake", id(parts.teacher): "teacher"}
     adapter: Any = PhasedAdapter(parts.adapter, profiler, names)
     parts.adapter = adapter
-    parts.phase = profiler.phase
+    parts.phase, parts.moves = profiler.phase, profiler.moves
 
 
 def range_of(u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     """
     d, ids = parts.draws, batch.samples
     shape = tuple(batch.latents.shape[1:])
-    anchors = torch.tensor([*parts.anchors, 0.0], device=batch.latents.device)
+    anchors = constants((*parts.anchors, 0.0), batch.latents.device)
     if d.coin(iteration, cfg.rollout.backward_prob):
         j = d.integer(iteration, len(parts.anchors))
         noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]
@@ -150,7 +151,7 @@ def is_silent(parts: Parts, cfg: Config, iteration: int) -> bool:
         return False
     weights = omega(torch.tensor(parts.anchors), cfg.disc.omega, parts.adapter.schedule)
     zero = [w == 0 for w in weights.tolist()]
-    d = parts.draws
+    d = parts.draws.on_host()
     if not any(zero) or d.coin(iteration, cfg.rollout.backward_prob):
         return any(zero) and zero[d.integer(iteration, len(zero))]
     ids = torch.arange(iteration * cfg.data.batch, (iteration + 1) * cfg.data.batch)

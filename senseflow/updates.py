@@ -38,6 +38,21 @@ def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
     return gradient + moments + 2 * (cfg.train.precision == "split" and p.dtype == torch.bfloat16)
 
 
+def bytes_moved(optimizer: Any, params: list[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
+    """Bytes that a step of a network reads and writes at the least: its gradient twice (for the norm first), weight and
+    moments there and back; with the student's, phi and EMA too."""
+    total = 0.0
+    for p in params:
+        state = optimizer.state.get(p, {}) if hasattr(optimizer, "state") else {}
+        kept = [t for key, t in state.items() if key != "step" and isinstance(t, Tensor)]
+        there_and_back = p.numel() * p.element_size() + sum(t.numel() * t.element_size() for t in kept)
+        if name == "student":
+            low = state["low"].numel() * 2 if "low" in state else 0
+            there_and_back += (p.numel() * p.element_size() + low) * has_ida + 4 * p.numel() * (ema is not None)
+        total += 2 * there_and_back + 2 * p.numel() * p.element_size() * (p.grad is not None)
+    return total
+
+
 class Updates:
     """The three optimizers, the EMA and IDA's lambda: everything that changes weights.
 
@@ -60,6 +75,8 @@ class Updates:
         if cfg.ema.decay > 0:
             self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
         self.one_pass = cfg.optim.name == "senseflow"
+        self.keep_grads = False  # zeroed where they are instead of freed: CUDA graphs need them there
+        self.rates: dict[str, Tensor] = {}  # learning rates on the device, which CUDA graphs read there
         self.optimizers: dict[str, Any] = {}
         for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
             more: dict[str, Any] = dict(heads=name == "disc", seed=3 * cfg.seed + (name == "fake"))
@@ -74,9 +91,10 @@ class Updates:
         return self.adaptive is not None or self.cfg.ida.lam < 1
 
     def scheduled(self, name: str, iteration: int) -> float:
-        """The rate of a network; the cooldown is the student's alone, so that the fake catches up with it."""
+        """The rate of a network in this iteration."""
         t = self.cfg.train
-        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown if name == "student" else 0.0)
+        left = 0.0 if name == "student" else t.cooldown_others
+        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown, left)
 
     def lam(self, metrics: dict[str, Tensor]) -> float | Tensor:
         """IDA's lam of this generator iteration, from its fake_real_gap where it adapts. Once for each."""
@@ -93,9 +111,7 @@ class Updates:
         where the loss or dL/dx0 is not finite, and then each tensor for itself.
         """
         inputs = [p for name in names for p in self.params[name]]
-        for name in names:
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = self.scheduled(name, iteration)
+        self._set_rates(iteration, *names)
         inside = [name for name in names if self.cfg.optim.in_backward and name != "disc"]
         if not inside:
             with self.parts.phase("backward"):
@@ -120,10 +136,26 @@ class Updates:
         """The step of a network whose loss is 0 whatever its weights: moments decay, and move the weights all the same,
         as a backward of zeros would have it."""
         for p in self.params[name]:
-            p.grad = torch.zeros_like(p)
-        for group in self.optimizers[name].param_groups:
-            group["lr"] = self.scheduled(name, iteration)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._set_rates(iteration, name)
         return self._apply(torch.zeros((), device=self.params[name][0].device), iteration, name)
+
+    def _set_rates(self, iteration: int, *names: str) -> None:
+        for name in names:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = self.rates[name] if name in self.rates else self.scheduled(name, iteration)
+
+    def _clear(self, params: list[Tensor]) -> None:
+        """After a step: no gradient is left, or zeros in its place."""
+        if self.keep_grads:
+            for p in params:
+                if p.grad is not None and p.grad.stride() != p.stride():
+                    p.grad = torch.empty_like(p)  # the optimizer would lay out each anew
+            torch._foreach_zero_([p.grad for p in params if p.grad is not None])
+            return
+        for p in params:
+            p.grad = None
 
     def _followers(self, name: str, lam: float | Tensor) -> dict[str, float | Tensor]:
         """What of IDA and EMA a step of one pass does."""
@@ -135,7 +167,9 @@ class Updates:
         metrics = {}
         for name in names:
             optimizer, params, limit = self.optimizers[name], self.params[name], self.cfg.train.clip
-            with self.parts.phase("clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"):
+            phase = "clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"
+            self.parts.moves(phase, bytes_moved(optimizer, params, self.has_ida, self.ema, name))
+            with self.parts.phase(phase):
                 norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit)
                 finite = torch.isfinite(loss) & torch.isfinite(norm)
                 if self.one_pass:
@@ -148,8 +182,7 @@ class Updates:
                         optimizer.step(**how)
                 else:
                     apply_if_finite(optimizer, finite)
-                for p in params:
-                    p.grad = None
+                self._clear(params)
             metrics |= {f"{name}_grad_norm": norm, f"{name}_skipped": (~finite).float()}
             if name == "student" and not self.one_pass:
                 self._follow(lam)

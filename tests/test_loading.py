@@ -13,6 +13,7 @@ from tiny_pipelines import write_sd3
 
 from senseflow.config import UserError
 from senseflow.models import loading
+from senseflow.models.identity import identity
 from senseflow.models.loading import load_component, load_pipeline_shell
 from senseflow.models.sd3 import SD3Adapter
 
@@ -215,6 +216,17 @@ def test_a_cached_hub_id_needs_no_network(hub, folder):
     assert asked and all(local for _, local, _ in asked)
 
 
+def test_a_hub_ids_identity_is_of_all_its_encoders(hub, folder):
+    """On a machine where a part is not downloaded yet it is asked for: without it a cache would look like another's."""
+    snapshot, asked = hub
+    adapter = SD3Adapter(HUB, 64, text_length=16)
+    assert identity(adapter) == identity(SD3Adapter(folder, 64, text_length=16))
+    shutil.rmtree(snapshot / "text_encoder_3")
+    with pytest.raises(UserError, match="lacks text_encoder_3, which a cache's settings are"):
+        identity(adapter)
+    assert "text_encoder_3/*" in asked[-1][2] and "transformer" not in asked[-1][2]
+
+
 def test_hub_errors_say_what_to_do(hub, monkeypatch):
     """No network; half a cache asks for the missing part alone; a licence; a wrong name."""
     snapshot, asked = hub
@@ -248,6 +260,7 @@ def test_a_name_is_told_from_a_folder(tmp_path):
 
 MEASURE = """
 import sys, threading, torch, diffusers
+from senseflow.models.identity import identity
 from senseflow.models.loading import load_component
 
 def anonymous():

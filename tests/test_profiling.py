@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from senseflow import profiling
+from senseflow.profile_page import Rates, measure_rates, write_page
 from senseflow.profiling import Profiler
 
 SLEEP = {"student": 0.004, "fake": 0.012}
-COLUMNS = ("times", "ms", "share", "peak", "gflop", "rate")
+COLUMNS = ("times", "ms", "share", "peak", "gflop", "rate", "mfu", "gb", "gbps", "launches", "floor")
+RATES = Rates(1e9, 1e8)  # FLOP/s and bytes/s: so slow that floors show
 
 
 def table(rows: list[list[str]]) -> dict[str, dict[str, float]]:
@@ -40,6 +42,11 @@ def run(out, steps: int = 9, cycle: int = 2, form: str = "iteration") -> Profile
             body(i)
             prof.step()
     return prof
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch):
+    monkeypatch.setattr(profiling, "measure_rates", lambda dtype: RATES)
 
 
 @pytest.mark.parametrize("form", ["iteration", "step"])
@@ -155,3 +162,73 @@ def test_run_that_ended_early_has_no_table(tmp_path):
     with prof.iteration(), prof.phase("a"):
         pass
     assert prof.report() == []
+
+
+def test_floors_are_by_the_measured_rates(tmp_path, capsys):
+    """Of the product the FLOPs, of what was told to move bytes: 0.4 MB at 0.1 GB/s are 4 ms; MFU is over the rate."""
+    prof = Profiler(True, tmp_path, 6, 2)
+    a, b = torch.randn(64, 128), torch.randn(128, 32)
+    for _ in range(6):
+        with prof.iteration():
+            with prof.phase("product"):
+                a @ b
+            with prof.phase("sweep"):
+                prof.moves("sweep", 4e5)
+                time.sleep(0.005)
+            with prof.phase("data"):
+                time.sleep(0.002)
+    found = table(prof.report())
+    product = 2 * 64 * 128 * 32
+    assert found["product"]["floor"] == pytest.approx(1e3 * product / RATES.flops, abs=0.006)
+    seconds = sum(s.seconds() for s in prof.spans["product"]) / 2
+    assert found["product"]["mfu"] == pytest.approx(100 * product / seconds / RATES.flops, abs=0.06)
+    assert found["product"]["launches"] >= 1 and found["sweep"]["launches"] == 0
+    assert found["sweep"]["floor"] == 4.0 and "floor" not in found["(rest)"]
+    seconds = sum(s.seconds() for s in prof.spans["sweep"]) / 2
+    assert found["sweep"]["gbps"] == pytest.approx(4e5 / seconds / 1e9, abs=0.06)
+    ideal = 2 * (product / RATES.flops + 4e5 / RATES.bytes)
+    assert found["whole cycle"]["floor"] == pytest.approx(1e3 * ideal, abs=0.006)
+    printed = capsys.readouterr().out
+    total = sum(s.seconds() for s in prof.steps)
+    assert f"ideal cycle at these rates: {1e3 * ideal:.1f} ms; this one took {1e3 * total:.1f} ms" in printed
+    waited = sum(s.seconds() for s in prof.spans["data"])
+    assert f"waiting for data: {1e3 * waited:.1f} ms, {100 * waited / total:.1f} % of the cycle" in printed
+
+
+def test_page_is_whole_by_itself(tmp_path):
+    """Every phase a bar with its place and width, every row in the table; nothing is fetched, names are escaped."""
+    import xml.etree.ElementTree as ET
+
+    lanes = [[("a<b", 0.0, 0.25), ("c", 0.5, 0.5)], [("c", 0.0, 1.0)]]
+    path = tmp_path / "profile.html"
+    write_page(path, lanes, [("c", 1.5, 0.75), ("a<b", 0.25, 0.0)], ["phase", "ms"], [["a<b", "250"]], ["note & more"])
+    text = path.read_text()
+    assert "http" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    assert "note &amp; more" in text and "<td>a&lt;b</td><td>250</td>" in text
+    svgs = [ET.fromstring("<svg" + part.partition("</svg>")[0] + "</svg>") for part in text.split("<svg")[1:]]
+    rects = svgs[0].findall("rect")
+    assert [r.find("title").text for r in rects] == ["a<b: 250.00 ms", "c: 500.00 ms", "c: 1000.00 ms"]
+    left, widths = float(rects[0].get("x")), [float(r.get("width")) for r in rects]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.02) and widths[2] == pytest.approx(4 * widths[0], abs=0.02)
+    assert float(rects[1].get("x")) == pytest.approx(left + widths[1], abs=0.02)
+    whole, floor = (float(r.get("width")) for r in svgs[1].findall("rect")[:2])
+    assert floor == pytest.approx(whole / 2, abs=0.02)
+    assert "2.0x its floor" in text and "no floor counted" in text
+
+
+def test_lanes_are_the_timed_cycle(tmp_path):
+    prof = run(tmp_path)
+    prof.report()
+    lanes = prof._lanes()
+    assert sorted([name for name, *_ in lane] for lane in lanes) == [["fake"], ["student", "fake"]]
+    for lane, step in zip(lanes, prof.steps, strict=True):
+        ends = [start + took for _, start, took in lane]
+        assert all(start >= 0 for _, start, _ in lane) and ends[-1] <= step.seconds() and ends == sorted(ends)
+    assert (tmp_path / "profile" / "profile.html").is_file()
+
+
+def test_rates_are_what_products_and_copies_reach():
+    """Both positive, a product far above a FLOP per byte copied; fp32 on any machine, in any load."""
+    rates = measure_rates(torch.float32, side=256, rounds=2)
+    assert rates.flops > 1e7 and rates.bytes > 1e7
+    assert rates.floor(rates.flops, 0.0) == 1.0 and rates.floor(0.0, 2 * rates.bytes) == 2.0

@@ -64,16 +64,21 @@ def test_what_does_not_fit_goes_down_the_rungs(tmp_path, monkeypatch, capsys):
     seen = []
 
     def full(cfg, *_):
-        seen.append((cfg.train.precision, cfg.train.moments, cfg.optim.in_backward, cfg.data.batch))
-        if len(seen) < 3:
+        t = cfg.train
+        seen.append((cfg.model.checkpointing, t.precision, t.moments, cfg.optim.in_backward, cfg.data.batch))
+        if len(seen) < 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. Of the allocated memory")
         return dict(iterations_ms=[1.0], phases=[], critic_ms=1.0, generator_ms=None, memory={}, skipped=0.0)
 
     monkeypatch.setattr(real, "run", full)
     assert real.main(["sd35-large"]) == 0
-    assert seen == [("split", "fp32", False, 1), ("split", "8bit", True, 1), ("stochastic", "8bit", True, 1)]
+    assert seen == [
+        ("none", "split", "fp32", False, 1), ("full", "split", "fp32", False, 1), ("full", "split", "8bit", True, 1),
+        ("full", "stochastic", "8bit", True, 1),
+    ]  # fmt: skip
     found = json.loads(next(tmp_path.glob("*/real/*.json")).read_text())
-    assert found["rung"] == list(real.RUNGS[2]) and [t["rung"] for t in found["tried"]] == [[], list(real.LEAN)]
+    assert found["rung"] == list(real.RUNGS[3])
+    assert [t["rung"] for t in found["tried"]] == [[], list(real.RECOMPUTED), list(real.LEAN)]
     assert found["tried"][0]["error"] == "CUDA out of memory. Tried to allocate 9 GiB"
     seen.clear()
     monkeypatch.setattr(real, "RUNGS", real.RUNGS[:1])

@@ -31,13 +31,20 @@ class Scalars(NamedTuple):
     found_inf: Tensor | None
 
 
+def on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0-d; a number without a copy from the host, which waits and which no graph captures."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 # -- torch reference -----------------------------------------------------------------------------------------------
 
 
 def adam_scalars(group: dict[str, Any], lr: float | Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(decay of theta, step size, correction of the root), fp32: in fp64 first, as torch.optim.AdamW has them."""
     (beta1, beta2), step = group["betas"], step.double()
-    lr = torch.as_tensor(lr, dtype=torch.float64, device=step.device)
+    lr = on_device(lr, step.device, torch.float64)
     decay, size = 1 - lr * group["weight_decay"], -(lr / (1 - beta1**step))
     return decay.float(), size.float(), (1 - beta2**step).sqrt().float()
 
@@ -49,7 +56,7 @@ def adamw_reference(part: Part, group: dict[str, Any], mode: str, seed: int, s: 
     device = part.step.device
 
     def number(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=device)
+        return on_device(value, device, torch.float64)
 
     weights = dict(phi=(1 - number(s.lam)).float(), ema=(1 - number(s.ema_decay)).float())
     scale = number(s.grad_scale).float()
@@ -130,13 +137,6 @@ def number_of(value: float | Tensor) -> float:
     return value.item() if isinstance(value, Tensor) else float(value)
 
 
-def _on_device(value: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """0-d; a number without a copy from the host, which no graph captures."""
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars) -> None:
     (beta1, beta2), step = group["betas"], part.step
     same: dict[str, Any] = dict(
@@ -144,9 +144,9 @@ def launch(plan: Plan, part: Part, group: dict[str, Any], seed: int, s: Scalars)
     )
     if plan.rows.is_cuda:
         wide = dict(lr=s.lr, lam=s.lam, ema_decay=s.ema_decay)  # as a CPU takes them, or the two differ in a bit
-        tensors = {name: _on_device(value, step.device, torch.float64) for name, value in wide.items()}
-        narrow = dict(grad_scale=s.grad_scale, found_inf=s.found_inf)
-        tensors |= {name: _on_device(value, step.device, torch.float32) for name, value in narrow.items()}
+        tensors: dict[str, Tensor | None] = {k: on_device(v, step.device, torch.float64) for k, v in wide.items()}
+        tensors["grad_scale"] = on_device(s.grad_scale, step.device, torch.float32)
+        tensors["found_inf"] = None if s.found_inf is None else s.found_inf.to(step.device, torch.float32)
         _ext.update_cuda(plan.rows, plan.programs, scalars=tensors | dict(step=step.long()), **same)
     elif s.found_inf is None or not s.found_inf.item():
         weights = dict(phi_weight=1 - number_of(s.lam), ema_weight=1 - number_of(s.ema_decay))

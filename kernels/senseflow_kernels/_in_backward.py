@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from senseflow_kernels._adamw import Scalars
+from senseflow_kernels._adamw import Scalars, on_device
 from senseflow_kernels.buckets import is_dtensor
 
 
@@ -43,7 +43,7 @@ class InBackward:
         groups = self.optimizer.param_groups
         device = groups[0]["params"][0].device
         self._squares, self.skipped = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._last = torch.as_tensor(groups[0].get("last_norm", 0.0), dtype=torch.float32, device=device)
+        self._last = on_device(groups[0].get("last_norm", 0.0), device, torch.float32)
         number = 0
         for group in groups:
             group["updates"] += 1

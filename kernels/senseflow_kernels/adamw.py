@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from senseflow_kernels import _eight, _ext
-from senseflow_kernels._adamw import Part, Plan, Scalars, adamw_reference, check_fractions, launch
+from senseflow_kernels._adamw import Part, Plan, Scalars, adamw_reference, check_fractions, launch, on_device
 from senseflow_kernels._in_backward import InBackward
 from senseflow_kernels._launch import fused
 from senseflow_kernels._table import Group, local, paired, start_of
@@ -80,9 +80,8 @@ class AdamW(torch.optim.Optimizer):
         for name, tensors in (("phi", phi), ("phi_low", phi_low), ("ema", ema)):
             self._others[name] = [] if tensors is None else paired(name, list(tensors), thetas)
         for name in ("phi", "ema"):
-            if len({t.data_ptr() for t in self._others[name] if t.numel()}) < sum(
-                t.numel() > 0 for t in self._others[name]
-            ):
+            some = [t for t in self._others[name] if t.numel() and not t.is_meta]  # meta tensors have no address
+            if len({t.data_ptr() for t in some}) < len(some):
                 raise ValueError(f"a tensor stands in {name} twice (tied weights?): give it once")
         for i, p in enumerate(thetas):
             self._check(i, p)
@@ -265,13 +264,13 @@ class AdamW(torch.optim.Optimizer):
         for name, low, keep in (("phi", x["phi_low"], s.lam), ("ema", [], s.ema_decay)):
             if x[name]:
                 device = x[name][0].device
-                weight = (1 - torch.as_tensor(keep, dtype=torch.float64, device=device)).float()
-                weight = weight.masked_fill(torch.as_tensor(still, device=device).reshape(()), 0)
+                weight = (1 - on_device(keep, device, torch.float64)).float()
+                weight = weight.masked_fill(on_device(still, device, torch.bool).reshape(()), 0)
                 group = Group(
                     x[name], x["theta"], low, x["theta_low"], [], random and x[name][0].dtype == torch.bfloat16,
                     self.seed, part.ids, part.starts,
                 )  # fmt: skip
-                lerp_reference(group, weight, 0.0, torch.tensor(update, device=device))
+                lerp_reference(group, weight, 0.0, on_device(update, device, torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's layout, live tensors; a count of its own for each parameter, for torch adds to each.

@@ -45,6 +45,11 @@ def shuffled_index(seed: int, first: int, batch: int, count: int) -> Tensor:
     return torch.stack([_epoch_order(seed, p // count, count)[p % count] for p in positions])
 
 
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; the host waits for no copy to a GPU, as it is from pinned memory."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 class EmbeddedData:
     """The emoji variants in memory, with their prompt embeddings. Latents are the pixels (identity VAE)."""
 
@@ -75,6 +80,6 @@ class EmbeddedData:
         first = iteration * size
         device = self.cond.embeds.device
         index = shuffled_index(self.seed, first, size, len(self))
-        pixels = to_float(pick_variants(self.images, index, self.seed * 15_485_863 + iteration)).to(device)
+        pixels = to_float(on_device(pick_variants(self.images, index, self.seed * 15_485_863 + iteration), device))
         samples = torch.arange(first, first + size, device=device)
-        return Batch(pixels, pixels, self.cond.index(index.to(device)), samples)
+        return Batch(pixels, pixels, self.cond.index(on_device(index, device)), samples)

@@ -15,7 +15,7 @@ from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, cast, middle_tokens
-from senseflow.models.text import embed_prompts, load_encoder
+from senseflow.models.text import TEXT_LENGTH, embed_prompts, load_encoder
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
 
@@ -85,6 +85,7 @@ class EmbeddedAdapter:
 
     parameterization: str = "flow"
     network = "transformer"
+    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu", vae: Any = None,
@@ -133,13 +134,17 @@ class EmbeddedAdapter:
         blocks: Any = net.transformer_blocks
         return middle_tokens(blocks, lambda: self.predict(net, x, sigma, cond), 1)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return TEXT_LENGTH, net.config.joint_attention_dim, net.config.pooled_projection_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pixels [B, 3, 32, 32] in [-1, 1]: a posterior sample by `noise`, of the latents' shape."""
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, 32, 32], nominally in [-1, 1], differentiable in the latents."""
-        return autoencoder.decode(self.vae, latents)
+        return autoencoder.decode(self.vae, latents, self.decode_dtype)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""

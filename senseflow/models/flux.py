@@ -40,6 +40,7 @@ class FluxAdapter:
 
     parameterization = "flow"
     network = "transformer"
+    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, shift: float = 1.15, text_length: int = 512,
@@ -134,19 +135,23 @@ class FluxAdapter:
     @staticmethod
     def _image_ids(height: int, width: int, like: Tensor) -> Tensor:
         """(0, row, column) of each token: [H/2 W/2, 3]."""
-        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
-        return ids.to(like.device, like.dtype)
+        sides = [torch.arange(side // 2, device=like.device) for side in (height, width)]
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(like.dtype)
 
     def features(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Image tokens [B, T, D] after the middle of all blocks."""
         return middle_tokens(self.blocks(net), lambda: self.predict(net, x, sigma, cond), 1)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return self.text_length, net.config.joint_attention_dim, net.config.pooled_projection_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents)
+        return autoencoder.decode(self.vae, latents, self.decode_dtype)
 
     @cached_property
     def text(self) -> Any:

@@ -87,6 +87,7 @@ class Flux2Adapter:
 
     parameterization = "flow"
     network = "transformer"
+    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, shift: float = 2.29118, text_length: int = 512,
@@ -137,11 +138,15 @@ class Flux2Adapter:
         out = middle_output(self.blocks(net), lambda: self.predict(net, x, sigma, cond))
         return out[1] if isinstance(out, tuple) else out[:, cond.embeds.shape[1] :]
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return self.text_length, net.config.joint_attention_dim, net.config.joint_attention_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents)
+        return autoencoder.decode(self.vae, latents, self.decode_dtype)
 
     @cached_property
     def text(self) -> Any:

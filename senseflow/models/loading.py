@@ -188,9 +188,12 @@ def load_component(
 
     source: a local diffusers folder, or a hub id (its local cache first, then the network). variant: "fp16", "bf16";
     "" is the plain weights, or where there are none the variant that is there.
-    Raises UserError for what is missing, cut off, of another class or shape, left over, gated, or not finite.
+    On the device "meta" from its config.json alone. Raises UserError for what is missing, cut off, of another class or
+    shape, left over, gated, or not finite.
     """
     folder = local_folder(source, [subfolder])
+    if torch.device(device).type == "meta":
+        return _shapes_alone(cls, folder, subfolder, dtype)
     variant = variant or variant_of(folder / subfolder, dtype)
     check_local(folder, subfolder, variant)
     found = read_config(folder / subfolder / "config.json").get("_class_name", cls.__name__)
@@ -228,6 +231,17 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
                 f"{where} has {len(names)} {problem} tensors, first {names[0]}: its config.json and its weights do not "
                 "belong together"
             )
+
+
+def _shapes_alone(cls: Any, folder: Path, subfolder: str, dtype: torch.dtype) -> Any:
+    """What `load_component` gives, on the meta device: from the config.json alone, without weights."""
+    file = folder / subfolder / "config.json"
+    if not file.is_file():
+        raise UserError(f"teacher folder {folder} lacks {subfolder}/config.json")
+    with torch.device("meta"):
+        net = cls.from_config(read_config(file))
+    net = net.float() if dtype == torch.float32 else net.bfloat16()
+    return net.eval().requires_grad_(False)
 
 
 def has_accelerate() -> bool:

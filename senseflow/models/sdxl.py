@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from senseflow.flow import DiffusionSchedule
+from senseflow.flow import DiffusionSchedule, constants
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, cast, in_dtype
 from senseflow.models.loading import load_component, load_pipeline_shell
@@ -26,6 +26,7 @@ class SDXLAdapter:
 
     parameterization = "epsilon"
     network = "unet"
+    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, dtype: torch.dtype = torch.float32,
@@ -59,7 +60,7 @@ class SDXLAdapter:
         """(height, width, top, left, height, width) in pixels, [B, 6]."""
         down = autoencoder.downsampling(self.vae)
         h, w = x.shape[2] * down, x.shape[3] * down
-        return torch.tensor([[h, w, 0, 0, h, w]], dtype=x.dtype, device=x.device).expand(len(x), -1)
+        return constants((h, w, 0, 0, h, w), x.device, x.dtype).expand(len(x), -1)
 
     def predict(self, net: Any, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None) -> Tensor:
         """eps [B, 4, H, W]; the network knows no guidance of its own."""
@@ -80,11 +81,16 @@ class SDXLAdapter:
             handle.remove()
         return caught[0].flatten(2).transpose(1, 2)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        c = net.config
+        return 77, c.cross_attention_dim, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents)
+        return autoencoder.decode(self.vae, latents, self.decode_dtype)
 
     @cached_property
     def text(self) -> Any:

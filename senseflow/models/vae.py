@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from senseflow.config import UserError
+from senseflow.models.adapter import in_dtype
 
 
 def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -33,12 +34,14 @@ def sample(vae: Any, mean: Tensor, logvar: Tensor | None, noise: Tensor) -> Tens
     return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W], nominally in [-1, 1], differentiable in the latents. vae None: the latents."""
+def decode(vae: Any, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels [B, 3, H, W], nominally in [-1, 1], in the VAE's dtype, differentiable in the latents. vae None: the
+    latents. dtype bf16: products and convolutions in it, norms in fp32, as autocast has them."""
     if vae is None:
         return latents
     z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    return vae.decode(z.to(vae.dtype)).sample
+    with in_dtype(z, dtype):
+        return vae.decode(z.to(vae.dtype)).sample.to(vae.dtype)
 
 
 def downsampling(vae: Any) -> int:
