@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -84,17 +85,6 @@ def random_network(cls: Any, config: dict[str, Any], dtype: torch.dtype, device:
     return (net.float() if dtype == torch.float32 else net.bfloat16()).eval().requires_grad_(False)
 
 
-def text_shape(family: str, config: dict[str, Any], length: int) -> tuple[int, int, int]:
-    """(tokens, their width, width of the pooled vector) of an encoded prompt."""
-    if family == "sdxl":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return 77, config["cross_attention_dim"], pooled
-    width = config["joint_attention_dim"]
-    if family == "flux2":
-        return length, width, width
-    return length + 77 * (family == "sd35"), width, config["pooled_projection_dim"]
-
-
 class RandomData:
     """Batches as a cache gives them: latents, pixels and encoded prompts, all random, on the device."""
 
@@ -123,7 +113,7 @@ def made_not_read(cfg: Config, sizes: Sizes, device: torch.device) -> Iterator[N
         return random_network(cls, configs[subfolder], dtype, where)
 
     def encode(self: Any, prompts: Sequence[str]) -> Condition:
-        shape = text_shape(cfg.model.family, sizes.network, getattr(self, "text_length", 77))
+        shape = self.text_shape(SimpleNamespace(config=SimpleNamespace(**sizes.network)))
         if hasattr(self, "_widths"):
             self._widths = shape
         like = dict(dtype=self.dtype, device=device)

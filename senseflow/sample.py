@@ -142,9 +142,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     given = [args.prompts is not None, args.prompts_file is not None, args.data is not None, args.embedded]
     if sum(given) != 1:
         raise UserError("prompts come from one of --prompts, --prompts-file, --data and --embedded")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: allowed is 1 or more")
-    return _all_prompts(args)[: args.limit]
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: allowed is 0 or more")
+    return _all_prompts(args)[: args.limit or None]
 
 
 def _all_prompts(args: argparse.Namespace) -> list[str]:
@@ -162,14 +162,14 @@ def _all_prompts(args: argparse.Namespace) -> list[str]:
     return default_names() if args.embedded else args.prompts
 
 
-def data_prompts(path: str, limit: int | None) -> list[str]:
-    """The first caption of each item of a data set, in its order, up to `limit`; what is unusable is left out, and
-    said. Raises UserError for a path that senseflow.train would refuse, or one without captions."""
+def data_prompts(path: str, limit: int) -> list[str]:
+    """The first caption of each item of a data set, in its order, up to `limit` (0: all); what is unusable is left
+    out, and said. Raises UserError for a path that senseflow.train would refuse, or one without captions."""
     if is_cache(path):
         raise UserError(f"--data {path} is a cache, which holds no captions: give what it was made of")
     source, prompts, bad = open_source(path), [], 0
     for item in range(len(source)):
-        if len(prompts) == limit:
+        if len(prompts) == limit > 0:
             break
         try:
             prompts.append(source.read(item, 1).captions[0])  # of a picture its first byte
@@ -274,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", nargs="+", help="one picture each")
     add("--prompts-file", type=Path, help="one prompt a line")
     add("--data", help="captions of a data set: whatever senseflow.train --data takes, but for a cache")
-    add("--limit", type=int, help="prompts used, from the first; default: all")
+    add("--limit", type=int, default=0, help="the first so many prompts; 0: all")
     add("--embedded", action="store_true", help="the captions of the embedded data set")
     add("--images", type=int, default=1, help="pictures of each prompt")
     add("--steps", type=int, help="student: 1 to 8, default as trained; teacher: default its preset's")

@@ -162,7 +162,7 @@ def test_captions_of_a_data_set(made, tmp_path, capsys):
     assert prompts("--data", str(tmp_path / "list.json")) == ["a star", "a penguin"]
     assert prompts("--prompts-file", str(made / "prompts.txt"), "--limit", "1") == ["red apple"]
     assert "does not exist" in error(capsys, [*student, "--data", str(tmp_path / "none")])
-    assert "--limit 0: allowed is 1 or more" in error(capsys, [*student, "--prompts", "a", "--limit", "0"])
+    assert "--limit -1: allowed is 0 or more" in error(capsys, [*student, "--prompts", "a", "--limit", "-1"])
     assert "one of --prompts" in error(capsys, [*student, "--prompts", "a", "--data", str(folder)])
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text("{}")
@@ -202,6 +202,13 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     shutil.copy(made / "run" / "student" / "senseflow.json", tmp_path / "lora")
     found = error(capsys, ["--student", str(tmp_path / "lora"), "--prompts", "a"])
     assert "holds no network in diffusers' layout (a LoRA, a single file?): give the run" in found
+
+
+def test_a_real_student_has_no_row_in_the_embedded_table(made, capsys):
+    from senseflow.evaluate import main as evaluate
+
+    assert evaluate(["--student", str(made / "run")]) == 2
+    assert "is of family 'sd35', which the embedded table does not know" in capsys.readouterr().err
 
 
 def test_a_teacher_in_the_home_folder(made, monkeypatch):
