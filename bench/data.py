@@ -232,6 +232,25 @@ def measure(folder: Path, side: int, options: Any, skipped: list[dict[str, str]]
     return rows
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result file: images/s, the median and the quartiles of the rounds; the processor's ms an image."""
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    head = [f"{case}: images/s | CPU ms each" for case in cases]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (1 + 2 * len(cases)) + "|"]
+    for form in dict.fromkeys(row["form"] for row in result["rows"]):
+        cells = []
+        for case in cases:
+            row = next((r for r in result["rows"] if (r["case"], r["form"]) == (case, form)), None)
+            if row is None:
+                cells += ["", ""]
+                continue
+            low, high = row["quartiles"]
+            cells.append(f"{row['images_per_s']:.3g} ({low:.3g} to {high:.3g})")
+            cells.append(f"{row['cpu_ms_per_image']:.3g}" if "cpu_ms_per_image" in row else "")
+        lines.append(f"| {form} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
     parser.add_argument("--images", type=int, default=48, help="a multiple of the batch of 8")
@@ -239,7 +258,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--sides", default="512,1024")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", type=Path, default=None, help="print the table of a result file, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for side in map(int, options.sides.split(",")):
@@ -249,7 +272,8 @@ def main() -> None:
         for row in rows[-5:]:
             print(f"{row['case']:>8}  {row['form']:<16} {row['images_per_s']:8.1f} images/s "
                   f"{row['vs_loader_pil']:6.2f}x {row['cpu_ms_per_image']:7.1f} ms CPU each", flush=True)  # fmt: skip
-    env = environment() | {"command": "python -m bench.data", "arguments": vars(options) | {"out": str(options.out)}}
+    given = {name: getattr(options, name) for name in ("images", "rounds", "workers", "sides")}
+    env = environment() | {"command": "python -m bench.data", "arguments": given}
     out = options.out or Path(__file__).parent / "results" / f"data-{device_slug()}.json"
     out.write_text(json.dumps(dict(format=1, environment=env, rows=rows, skipped=skipped), indent=1) + "\n")
     print(f"written to {out}")
