@@ -330,8 +330,7 @@ def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: P
     if rows:  # none for a teacher that the score networks do not know
         print_table("lower KID and FD are better", columns, rows)
         results = [dict(zip(columns, row, strict=True)) for row in rows]
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "
-")
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     log.say(
         f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
         f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
