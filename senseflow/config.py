@@ -97,11 +97,20 @@ class Model(Section):
     variant: Literal["full", "lora"] = doc(
         "what trains: all weights of student and fake, or a LoRA of each on the teacher's own weights", "full"
     )
+    teacher_dtype: Literal["model", "fp8"] = doc(
+        "storage of the teacher's blocks: model.dtype, or float8 with a scale a channel, half of bf16's memory", "model"
+    )  # fmt: skip
+    checkpointing: Literal["none", "full", "selective"] = doc(
+        "activations of student and fake that the backward makes again: none, all inside a block, or all but the "
+        "results of matrix products and attention", "none"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift_kind == "linear" and self.shift == 0:  # sigma = s u / (1 + (s - 1) u) would be 0 everywhere
             raise UserError("model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'")
+        if self.teacher_dtype == "fp8" and self.variant == "lora":  # student and fake stand on its tensors
+            raise UserError("model.teacher_dtype = 'fp8': allowed is model with model.variant = 'lora'")
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Data(Section):
         "senseflow.prepare made; empty: the embedded emoji", ""
     )  # fmt: skip
     images: Literal["pictures", "teacher"] = doc(
-        "what the embedded set shows: its pictures, or the teacher's own many-step samples of their captions",
+        "without data.path: the embedded pictures, or the teacher's own many-step samples of their captions",
         "pictures",
     )
     batch: int = doc("images an iteration, over all ranks", 32)
@@ -154,8 +163,9 @@ class Train(Section):
     RANGES = {
         "iterations": (1, 10**9), "minutes": (0, 1e6), "gen_every": (1, 1000), "lr": (0, 1), "fake_lr": (0, 1),
         "disc_lr": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "eps": (0, 1), "weight_decay": (0, 10),
-        "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (0, INF), "fake_warmup": (0, 10**9),
-        "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9), "threads": (0, 1024),
+        "warmup": (0, 10**9), "cooldown": (0, 1), "cooldown_others": (0, 1), "clip": (0, INF),
+        "fake_warmup": (0, 10**9), "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9),
+        "threads": (0, 1024),
     }  # fmt: skip
     iterations: int = doc("loop iterations; one in gen_every updates the student", 120)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
@@ -169,6 +179,7 @@ class Train(Section):
     weight_decay: float = doc("AdamW decoupled weight decay", 0.0)
     warmup: int = doc("linear learning-rate warm-up, iterations", 0)
     cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
+    cooldown_others: float = doc("share of their rates that fake and discriminator have left then; 1: all of it", 0.1)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
     precision: Literal["fp32", "split", "stochastic"] = doc(
         "storage of student and fake; split: bf16 and 16 bits beside it, so fp32; stochastic: bf16 rounded at random",
@@ -276,6 +287,10 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    checkpointing: bool = doc(
+        "the generator's backward makes activations of the VAE's decoder and of the backbone again, layer by layer",
+        False,
+    )
     skip_silent: bool = doc(
         "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
     )
@@ -325,6 +340,15 @@ class Log(Section):
 
 
 @dataclass(frozen=True)
+class Memory(Section):
+    NAME = "memory"
+    RANGES = {"device_gb": (0, 1e5), "ranks": (0, 10**6), "reserve_gb": (0, 1e3)}
+    device_gb: float = doc("of --dry-run: GB (1e9 bytes) of each GPU to plan for; 0: the device that is here", 0.0)
+    ranks: int = doc("of --dry-run: GPUs that split weights and states, and the batch; 0: as many as there are", 0)
+    reserve_gb: float = doc("of --dry-run: GB kept free for the context, libraries' workspaces and fragmentation", 3.0)
+
+
+@dataclass(frozen=True)
 class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
@@ -341,7 +365,7 @@ class Kernels(Section):
         "off",
     )
     graphs: Literal["auto", "off", "on"] = doc(
-        "iterations as CUDA graphs, from the second of a kind on; auto: on one GPU where everything can be captured",
+        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU, where all can be captured",
         "auto",
     )
 
@@ -368,6 +392,7 @@ class Config(Section):
     ema: Ema = field(default_factory=Ema)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
+    memory: Memory = field(default_factory=Memory)
     kernels: Kernels = field(default_factory=Kernels)
 
     def __post_init__(self) -> None:

@@ -67,13 +67,18 @@ def make_optimizer(
         raise UserError(f"optim.name = {name!r}: {package} does not run here ({error})") from None
 
 
-def scheduled_lr(iteration: int, lr: float, warmup: int, total: int = 0, cooldown: float = 0.0) -> float:
+def scheduled_lr(
+    iteration: int, lr: float, warmup: int, total: int = 0, cooldown: float = 0.0, left: float = 0.0
+) -> float:
     """lr * (iteration + 1) / warmup during the first `warmup` iterations (from 0), then lr.
 
-    Over the last share `cooldown` of the `total` iterations it falls linearly, to 0 just after the last one.
+    Over the last share `cooldown` of the `total` iterations it falls linearly, to the share `left` of it just after
+    the last one.
     """
     lr *= min(1.0, (iteration + 1) / warmup) if warmup > 0 else 1.0
-    return lr * min(1.0, max(0.0, (total - iteration) / (cooldown * total))) if cooldown > 0 else lr
+    if cooldown <= 0:
+        return lr
+    return lr * (left + (1 - left) * min(1.0, max(0.0, (total - iteration) / (cooldown * total))))
 
 
 @torch.no_grad()

@@ -254,6 +254,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """What the pictures are, a line each."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_pictures(
+    source: Source, prompts: list[str], files: list[Path], rows: list[dict[str, Any]], rank: int, world: int,
+    resume: bool = False, enlarge: bool = True,
+) -> Iterator[int]:  # fmt: skip
+    """Writes this process's pictures, the row of each in its PNG; yields how many there are in each batch.
+
+    resume: a batch whose files are all there is left as it is; the network is loaded where something is missing alone.
+    enlarge: pictures under 128 pixels are written several times as large, to be seen.
+    """
+    args, adapter = source.args, source.adapter
+    mine = list(shares(len(prompts), args.batch, rank, world))
+    if resume:
+        mine = [part for part in mine if not all(files[i].is_file() for i in part.tolist())]
+    if not mine:
+        return
+    conds = [adapter.encode_prompts([prompts[i] for i in part.tolist()]).to("cpu") for part in mine]
+    if args.guidance != 1 and source.student is None:
+        adapter.uncond(1)  # needs the encoders, which make room for the network
+    adapter.free_text()
+    net = source.network()
+    for part, cond in _shown(list(zip(mine, conds, strict=True)), rank):
+        pictures = to_uint8(source.pictures(net, cond.to(adapter.device), part)).cpu()
+        for i, picture in zip(part.tolist(), pictures, strict=True):
+            scale = max(1, 128 // picture.shape[2]) if enlarge else 1  # a picture of 32 pixels is hard to see
+            big = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            save_png(big, files[i], {k: v for k, v in rows[i].items() if k != "file"})
+        yield len(part)
+
+
 def run(args: argparse.Namespace) -> None:
     """Writes this process's share: a PNG a picture; the first process also samples.jsonl, the last one the sheet."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -273,23 +308,10 @@ def run(args: argparse.Namespace) -> None:
         dict(file=file.name, index=i, prompt=prompt, seed=args.seed, **source.about)
         for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    mine = list(shares(len(prompts), args.batch, rank, world))
-    adapter = source.adapter
-    conds = [adapter.encode_prompts([prompts[i] for i in part.tolist()]).to("cpu") for part in mine]
-    if args.guidance != 1 and source.student is None:
-        adapter.uncond(1)  # needs the encoders, which make room for the network
-    adapter.free_text()
-    net = source.network() if mine else None
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for part, cond in _shown(list(zip(mine, conds, strict=True)), rank):
-        assert net is not None
-        pictures = to_uint8(source.pictures(net, cond.to(adapter.device), part)).cpu()
-        for i, picture in zip(part.tolist(), pictures, strict=True):
-            scale = max(1, 128 // picture.shape[2])  # a picture of 32 pixels is hard to see
-            big = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-            save_png(big, files[i], {k: v for k, v in rows[i].items() if k != "file"})
+        write_rows(out / "samples.jsonl", rows)
+    for _ in make_pictures(source, prompts, files, rows, rank, world):
+        pass
     if write_sheet(files, out):
         where = f", the first {SHEET} of them" if len(files) > SHEET else ", all of them"
         print(f"{len(files)} pictures in {out}{where} on {out / 'sheet.png'}; what they are: {out / 'samples.jsonl'}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import senseflow_kernels
-from senseflow import checkpoint
+from senseflow import checkpoint, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
@@ -34,9 +34,10 @@ from senseflow.graphs import advance
 from senseflow.logs import MetricRing, Monitors, RunLog, print_table
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import teacher_folder
-from senseflow.models.families import DTYPES, fuse_networks, make_adapter
+from senseflow.models.families import DTYPES, make_adapter, make_networks
 from senseflow.models.identity import identity
-from senseflow.models.lora import is_lora, lora_pair, merged, save_lora, shared_copy, trainable
+from senseflow.models.lora import is_lora, merged, save_lora, shared_copy, trainable
+from senseflow.models.recompute import recompute_decoder, recomputed
 from senseflow.models.vfm import find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.steps import (
@@ -51,9 +52,12 @@ from senseflow.steps import (
     student_forward,
     text_vector,
 )
-from senseflow.updates import Updates, bytes_beside
+from senseflow.updates import Updates
 
-FREE_DATA_FIELDS = ("path", "workers", "prefetch", "timeout")
+# how fast batches come, where they lie and what is computed twice may change on the way
+FREE_FIELDS = {
+    "data": ("path", "workers", "prefetch", "timeout"), "model": ("checkpointing",), "disc": ("checkpointing",),
+}  # fmt: skip
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
 
@@ -66,7 +70,10 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
             x = torch.zeros(1, *adapter.latent_shape, device=device)
             width = adapter.features(fake, x, torch.ones(1, device=device), cond).shape[2]
         return FakeFeatureDiscriminator(width).to(device), None
-    vfm = find_dinov2(cfg.disc.backbone).to(device)
+    vfm = find_dinov2(cfg.disc.backbone, device)
+    if cfg.disc.checkpointing:
+        recomputed(vfm.blocks)
+        recompute_decoder(adapter.vae)
     deepest, depth = max(cfg.disc.taps), len(vfm.blocks)
     if deepest >= depth:
         raise UserError(
@@ -92,21 +99,13 @@ def open_data(cfg: Config, adapter: Any, teacher: nn.Module, device: torch.devic
 
 def build(cfg: Config, device: torch.device) -> tuple[Parts, Any]:
     """Every network and the data of a run. Raises UserError for a family or a file that is not there."""
-    if cfg.data.images == "teacher" and (cfg.model.family != "embedded" or cfg.data.path):
-        raise UserError(
-            "data.images = 'teacher' needs model.family = 'embedded' and no data.path: allowed is 'pictures'"
-        )
+    if cfg.data.images == "teacher" and cfg.model.family != "embedded":
+        raise UserError("data.images = 'teacher' needs model.family = 'embedded': allowed is 'pictures'")
     why_not = senseflow_kernels.reason_against(device)
     if cfg.kernels.strict and why_not:
         raise UserError(f"kernels.strict = True, and the fused kernels cannot run: {why_not}")
     adapter = make_adapter(cfg.model, device)
-    teacher = adapter.load_network(DTYPES[cfg.model.dtype])
-    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
-    if cfg.model.variant == "lora":
-        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
-    else:
-        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
-    fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
+    teacher, student, fake = make_networks(cfg, adapter, device)
     data = open_data(cfg, adapter, teacher, device)
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.example(), device)
@@ -208,26 +207,21 @@ class Stop:
         self.asked = True
 
 
-def plan(cfg: Config, parts: Parts) -> None:
-    """Prints what the run holds in memory: parameters of each part and GB of weights, gradients, moments."""
-    rows, total, seen = [], 0.0, set()
-    for name in ("teacher", "student", "fake", "disc", "vfm"):
-        net = getattr(parts, name)
-        if net is None:
-            continue
-        own = [p for p in net.parameters() if id(p) not in seen]  # LoRA networks stand on the teacher's weights
-        seen |= {id(p) for p in own}
-        count = sum(p.numel() for p in own)
-        beside = (bytes_beside(cfg, name, p) if p.requires_grad else 0.0 for p in own)
-        gigabytes = sum(p.numel() * (p.element_size() + more) for p, more in zip(own, beside, strict=True)) / 1e9
-        total += gigabytes
-        rows.append([name, f"{count / 1e6:.2f}", f"{gigabytes:.3f}"])
-    rows.append(["sum", "", f"{total:.3f}"])
-    print_table(
-        f"memory plan, batch {cfg.data.batch}, activations not counted",
-        ["part", "M parameters", "GB of weights, gradients, moments"],
-        rows,
-    )
+def plan(cfg: Config) -> int:
+    """Prints what the run would hold in memory, and where that does not fit, the flags with which it does. Returns the
+    exit status: 1 where nothing fits."""
+    planner = planning.Planner(cfg, planning.target_of(cfg), iterate, build_discriminator)
+    first = planner.plan(cfg)
+    print_table(*planning.report(first))
+    if first.fits:
+        return 0
+    found = planning.smallest(planner, cfg)
+    if found is None:
+        print("It does not fit, with no set of switches: more devices, a smaller data.batch, or --model.variant lora")
+        return 1
+    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {planning.flags(found[0])}\n")
+    print_table(*planning.report(found[1]))
+    return 0
 
 
 def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool, fingerprint: str) -> int:
@@ -242,9 +236,10 @@ def resume(cfg: Config, updates: Updates, folder: Path, wanted: bool, fingerprin
         raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
     iteration, state = found
     saved, now = to_dict(from_dict(state["config"])), to_dict(cfg)  # a field of a later version: its default
-    for part in (saved["data"], now["data"]):  # how fast batches come is free to change, and so is where they lie
-        for name in FREE_DATA_FIELDS:
-            part.pop(name, None)
+    for part, names in FREE_FIELDS.items():
+        for name in names:
+            saved[part].pop(name, None)
+            now[part].pop(name, None)
     if state.get("data", fingerprint) != fingerprint:
         raise UserError(f"--resume: data.path = {cfg.data.path!r} holds other samples than it did in the checkpoint")
     for part in ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema", "seed"):
@@ -264,12 +259,11 @@ def train(args: Arguments) -> int:
     started = time.monotonic()
     if cfg.train.threads > 0:
         torch.set_num_threads(cfg.train.threads)
+    if args.dry_run:
+        return plan(cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts, data = build(cfg, device)
     updates = Updates(cfg, parts)
-    if args.dry_run:
-        plan(cfg, parts)
-        return 0
     total = cfg.train.iterations
     if args.profile:
         total = cfg.train.fake_warmup + 4 * cfg.train.gen_every  # warm-up, FLOPs, times, trace

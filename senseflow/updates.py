@@ -91,9 +91,10 @@ class Updates:
         return self.adaptive is not None or self.cfg.ida.lam < 1
 
     def scheduled(self, name: str, iteration: int) -> float:
-        """The rate of a network; the cooldown is the student's alone, so that the fake catches up with it."""
+        """The rate of a network in this iteration."""
         t = self.cfg.train
-        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown if name == "student" else 0.0)
+        left = 0.0 if name == "student" else t.cooldown_others
+        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown, left)
 
     def lam(self, metrics: dict[str, Tensor]) -> float | Tensor:
         """IDA's lam of this generator iteration, from its fake_real_gap where it adapts. Once for each."""

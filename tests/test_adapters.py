@@ -11,6 +11,7 @@ from senseflow.algo.dmd import dmd_term
 from senseflow.algo.rollout import sample_euler, sample_renoise
 from senseflow.config import UserError
 from senseflow.models import vae as autoencoder
+from senseflow.models.adapter import Condition
 from senseflow.models.flux import FluxAdapter, pack, unpack
 from senseflow.models.flux2 import Flux2Adapter, patchify, unpatchify
 from senseflow.models.sd3 import SD3Adapter
@@ -210,7 +211,9 @@ def test_disc_text_is_clip_l_alone(folders):
             close(text_vector(adapter, "clip-l", cond), encode(pipe, ids), family)
         assert text_vector(adapter, "pooled", cond) is cond.pooled
     assert cond.pooled.shape[1] == 16 and adapter_of("sd3", folders).encode_prompts(PROMPTS).pooled.shape[1] == 32
-    assert adapter_of("sd3", folders).clip_width == 768  # before any prompt: the published width
+    fresh = adapter_of("sd3", folders)  # with a cache, whose prompts come without the encoder
+    assert text_vector(fresh, "clip-l", Condition(torch.zeros(1, 1, 32), torch.ones(1, 32))).shape == (1, 16)
+    assert "text" not in vars(fresh)
     with pytest.raises(UserError, match=r"disc\.text = 'clip-l': this family's conditioning has no CLIP"):
         text_vector(adapter_of("sdxl", folders), "clip-l", cond)
 

@@ -325,6 +325,8 @@ def test_warmup():
     assert [scheduled_lr(i, 2.0, 4) for i in (0, 1, 3, 4, 100)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert scheduled_lr(0, 2.0, 0) == 2.0
     assert [scheduled_lr(i, 2.0, 0, 8, 0.5) for i in (0, 3, 4, 5, 7)] == [2.0, 2.0, 2.0, 1.5, 0.5]
+    assert [scheduled_lr(i, 2.0, 0, 8, 0.5, 0.25) for i in (4, 6, 8)] == [2.0, 1.25, 0.5]
+    assert scheduled_lr(7, 2.0, 0, 8, 0.5, 1.0) == scheduled_lr(7, 2.0, 0, 8, 0.0, 0.25) == 2.0
 
 
 def test_ema_closed_form(tmp_path):

@@ -162,7 +162,7 @@ def test_later_flags_win_and_negative_values_are_values():
     assert (config.seed, config.fake.logit_mean, config.data.path, config.preset) == (2, -0.5, "d", "sdxl")
     assert config.isg == PRESETS["sdxl"]().isg and config.train == PRESETS["sdxl"]().train
     args = parse(["--profile", "--dry-run"], "x")
-    assert (args.profile, args.dry_run, args.resume, args.config) == (True, True, False, Config())
+    assert (args.profile, args.dry_run, args.resume, args.config) == (True, True, False, PRESETS["tiny"]())
 
 
 def test_config_and_cli_need_the_standard_library_alone():

@@ -13,7 +13,7 @@ from senseflow import train
 from senseflow.cli import parse
 from senseflow.config import UserError
 from senseflow.draws import Draws
-from senseflow.graphs import Captured, Replayed, advance, reason_against
+from senseflow.graphs import Captured, Replayed, advance, reason_against, too_much
 from senseflow.steps import encoded
 from senseflow.train import build, iterate
 from senseflow.updates import Updates
@@ -156,6 +156,8 @@ def test_where_graphs_cannot_be_is_said(made, monkeypatch):
         advance(on, parts, updates, iterate)
     gpu = torch.device("cuda")
     assert reason_against(cfg, gpu) is None and "--profile" in reason_against(cfg, gpu, profile=True)
+    size = sum(p.numel() * p.element_size() for some in updates.params.values() for p in some)
+    assert too_much(updates, 50 * size) is None and "GB; --graphs on" in (too_much(updates, 49 * size) or "")
     for flag in ("--optim.host=true", "--optim.in_backward=true", "--optim.name=torch", "--ida.mode=adaptive"):
         reason = reason_against(parse([flag], "").config, gpu)
         assert reason is not None and flag[2:].partition("=")[0] in reason

@@ -9,14 +9,16 @@ ROOT = Path(__file__).parent.parent
 # A name covers what is below it, the longest match counts. Two leaves of floor 2's folders lie a
 # floor lower, as models and data both stand on them: so neither folder needs the other.
 FLOORS = {
-    0: "senseflow_kernels senseflow senseflow.config",
+    0: "senseflow_kernels senseflow senseflow.config senseflow.meta",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.profile_page senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
-    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file",
-    3: "senseflow.algo",
+    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file"
+    " senseflow.ablation",
+    3: "senseflow.algo senseflow.scores",
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export senseflow.compiling senseflow.graphs",
-    5: "senseflow.evaluate senseflow.encoding senseflow.prepare senseflow.pretrain",
+    5: "senseflow.evaluate senseflow.scoring senseflow.encoding senseflow.prepare senseflow.pretrain"
+    " senseflow.planning",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }

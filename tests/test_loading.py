@@ -13,6 +13,7 @@ from tiny_pipelines import write_sd3
 
 from senseflow.config import UserError
 from senseflow.models import loading
+from senseflow.models.identity import identity
 from senseflow.models.loading import load_component, load_pipeline_shell
 from senseflow.models.sd3 import SD3Adapter
 
@@ -134,6 +135,59 @@ def test_missing_parts_are_named(copy):
         load_pipeline_shell(diffusers.StableDiffusion3Pipeline, copy, torch.float32, ("transformer", "vae"))
 
 
+def rewrite(file, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def first(weights):
+    return next(k for k in sorted(weights) if "layer" in k)
+
+
+@pytest.mark.parametrize("flaw, text", [
+    (lambda f: rewrite(f / "text_encoder_3" / "model.safetensors", lambda w: w[first(w)].view(-1)[0].fill_(torch.nan)),
+     "text_encoder_3 has a NaN or an infinity in encoder"),
+    (lambda f: rewrite(f / "text_encoder" / "model.safetensors", lambda w: w.pop(first(w))),
+     "text_encoder has 1 missing tensors, first text_model.encoder"),
+    (lambda f: edit(f / "text_encoder_2" / "config.json", num_hidden_layers=1),
+     "unexpected tensors, first text_model.encoder.layers.1."),
+    (lambda f: edit(f / "text_encoder_3" / "config.json", d_ff=48),
+     "has shape [64, 32] in its weights, [48, 32] by its config.json"),
+    (lambda f: edit(f / "model_index.json", text_encoder_3=["transformers", "CLIPTextModel"]),
+     "text_encoder_3 is a CLIPTextModel by model_index.json, expected T5EncoderModel"),
+    (lambda f: edit(f / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None]),
+     "model_index.json names no text_encoder_3, which StableDiffusion3Pipeline needs"),
+    (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks tokenizer_2/tokenizer.json (or vocab.json"),
+    (lambda f: shutil.rmtree(f / "scheduler"), "StableDiffusion3Pipeline does not load: Error no file named scheduler"),
+    (lambda f: (f / "model_index.json").write_text("[1]"), "holds no JSON object"),
+])  # fmt: skip
+def test_flaws_of_what_encodes_prompts_are_named(flaw, text, copy):
+    """transformers would go on with random weights, and with a tokenizer that knows no word."""
+    flaw(copy)
+    with pytest.raises(UserError) as raised:
+        load_pipeline_shell(diffusers.StableDiffusion3Pipeline, copy, torch.float32, ("transformer", "vae"))
+    assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_buffers_are_looked_at_too(copy):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    rewrite(file, lambda w: w["pos_embed.pos_embed"].view(-1)[5].fill_(torch.inf))
+    assert "has a NaN or an infinity in pos_embed.pos_embed" in message(copy)
+
+
+def test_a_download_leaves_variants_out():
+    """Of one file and of shards, as stable-diffusion-3.5-large has them."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [f"text_encoder_3/model{v}-0000{i}-of-00002.safetensors" for v in ("", ".fp16") for i in (1, 2)]
+    files += ["transformer/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    kept = list(filter_repo_objects(files, ignore_patterns=list(loading.UNWANTED)))
+    assert kept == [f for f in files if "fp16" not in f]
+
+
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """A cache of the hub that holds HUB, and no network."""
@@ -160,6 +214,17 @@ def test_a_cached_hub_id_needs_no_network(hub, folder):
     ours = SD3Adapter(folder, 64, text_length=16).encode_prompts(["penguin"])
     assert torch.equal(adapter.encode_prompts(["penguin"]).embeds, ours.embeds)
     assert asked and all(local for _, local, _ in asked)
+
+
+def test_a_hub_ids_identity_is_of_all_its_encoders(hub, folder):
+    """On a machine where a part is not downloaded yet it is asked for: without it a cache would look like another's."""
+    snapshot, asked = hub
+    adapter = SD3Adapter(HUB, 64, text_length=16)
+    assert identity(adapter) == identity(SD3Adapter(folder, 64, text_length=16))
+    shutil.rmtree(snapshot / "text_encoder_3")
+    with pytest.raises(UserError, match="lacks text_encoder_3, which a cache's settings are"):
+        identity(adapter)
+    assert "text_encoder_3/*" in asked[-1][2] and "transformer" not in asked[-1][2]
 
 
 def test_hub_errors_say_what_to_do(hub, monkeypatch):
@@ -195,6 +260,7 @@ def test_a_name_is_told_from_a_folder(tmp_path):
 
 MEASURE = """
 import sys, threading, torch, diffusers
+from senseflow.models.identity import identity
 from senseflow.models.loading import load_component
 
 def anonymous():

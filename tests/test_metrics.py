@@ -9,6 +9,7 @@ from senseflow import metrics
 from senseflow.metrics import (
     AlignmentModel,
     ScoreNet,
+    dithered,
     frechet_distance,
     half_floor,
     kid,
@@ -144,6 +145,24 @@ def test_score_net_standardises_and_survives_disk(tmp_path):
         ScoreNet.load(file, Channels())
     with pytest.raises(UserError, match="cannot be read"):
         ScoreNet.load(tmp_path / "absent", Channels())
+
+
+def test_dither_hides_a_fraction_of_a_level_and_survives_disk(tmp_path):
+    pixels = torch.full((4, 3, 64, 64), 1.0)
+    noise = dithered(pixels, 4.0, seed=1) - pixels
+    # 49152 numbers: their deviation is known to 1 / sqrt(2 * 49152) = .0032, five of these are allowed
+    assert abs(float(noise.std()) * 127.5 / 4 - 1) < 0.016 and abs(float(noise.mean())) * 127.5 / 4 < 0.023
+    assert torch.equal(dithered(pixels, 4.0, 1), pixels + noise) and not torch.equal(
+        dithered(pixels, 4.0, 2), pixels + noise
+    )
+    assert dithered(pixels, 0.0, 1) is pixels
+
+    scores = ScoreNet.fit(Channels(), normals(10, 3, 4, 4).float(), dither=4.0, seed=1)
+    scores.save(tmp_path / "scale.safetensors")
+    back = ScoreNet.load(tmp_path / "scale.safetensors", Channels())
+    assert float(back.dither) == 4.0 and torch.equal(back(pixels, seed=2), scores(pixels, seed=2))
+    levels = 127.5 * (pixels.mean() - scores(pixels, seed=2)[:, :3] * scores.std[:3] - scores.mean[:3])
+    assert float(levels.abs().max()) < 5 * 4 / 64  # of each mean, over 64 x 64 pixels
 
 
 def toy(n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ CUDA tensors run fused Triton kernels, CPU tensors the same formulas in torch; s
 """
 
 from senseflow_kernels._bf16 import join_fp32, split_fp32
-from senseflow_kernels._launch import Unavailable, is_available, launches, reason_against, strict, torch_path
+from senseflow_kernels._launch import Unavailable, is_available, launches, planned, reason_against, strict, torch_path
 from senseflow_kernels.adamw import AdamW
 from senseflow_kernels.attention import (
     attention_backend,
@@ -52,6 +52,7 @@ __all__ = [
     "layer_norm_modulate",
     "layer_norm_modulate2",
     "lerp_",
+    "planned",
     "reason_against",
     "score_gradient",
     "set_attention_backend",

@@ -39,6 +39,7 @@ if _chosen not in ("auto", "torch", "strict", "csrc"):
     raise ValueError(f"SENSEFLOW_KERNELS = {_chosen!r}: allowed is auto, torch, strict or csrc")
 PREFER_CSRC = _chosen == "csrc"  # on CUDA tensors, where csrc has the op; on a CPU it is the default
 _strict, _torch_only = _chosen == "strict", _chosen == "torch"
+_planned = False
 
 
 class Unavailable(RuntimeError):
@@ -63,8 +64,10 @@ def _reason_against(device: torch.device) -> str | None:
     """The same for the device of a tensor, so one that exists."""
     if _torch_only:
         return "the torch path was asked for"
-    if triton is None:
+    if triton is None and not (device.type == "meta" and _planned):
         return "Triton is not installed"
+    if device.type == "meta" and _planned:
+        return None
     if device.type == "cpu":
         return None if INTERPRET else "the tensors are on the CPU"
     if device.type != "cuda":
@@ -92,6 +95,23 @@ def torch_path() -> Iterator[None]:
         yield
     finally:
         _torch_only = before
+
+
+@contextmanager
+def planned() -> Iterator[None]:
+    """Inside: tensors on the meta device, which have shapes and no numbers, take the way of a GPU's, whatever this
+    machine has: what comes out has the shapes, dtypes and saved tensors of the kernels."""
+    global _planned, _torch_only
+    before, _planned, _torch_only = (_planned, _torch_only), True, False
+    try:
+        yield
+    finally:
+        _planned, _torch_only = before
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a call on x goes through the registered op: under a compiler, and for shapes alone."""
+    return torch.compiler.is_compiling() or x.is_meta
 
 
 def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:

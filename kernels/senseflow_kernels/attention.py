@@ -250,6 +250,8 @@ def joint_attention(
     if mask is not None and mask.dtype != torch.bool:
         # cuDNN reads a mask of another dtype as if it were q's: pytorch#191612
         mask = mask.to(q.dtype)
+    if q.is_meta:  # shapes alone, of any backend
+        return _sdpa(q, k, v, mask, scale).contiguous()
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     forced = _inside[-1][0] if _inside else _forced
     name = _choose(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from senseflow_kernels._launch import blocks_of, fused, jit, last_block, launch, power_of_2, ticket, tl, total
+from senseflow_kernels._launch import blocks_of, fused, jit, last_block, launch, power_of_2, ticket, tl, total, traced
 
 
 class HingeD(NamedTuple):
@@ -259,7 +259,7 @@ _op.register_autograd(_op_autograd, setup_context=_setup_context)
 
 
 def _run(real: list[Tensor], fake: list[Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if traced(fake[0]):
         return _op(real, fake, weight)[:2]
     return _Hinge.apply(len(real), weight, *real, *fake)  # type: ignore[return-value]
 

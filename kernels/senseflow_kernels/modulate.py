@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from senseflow_kernels import _adaln
-from senseflow_kernels._launch import fused
+from senseflow_kernels._launch import fused, traced
 
 
 def _check(x: Tensor, gates: list[Tensor], branches: list[Tensor], scales: list[Tensor], shifts: list[Tensor]) -> None:
@@ -206,7 +206,7 @@ def _run(
         return modulate_reference(x, gates, branches, scales, shifts, eps)
     scales, shifts = _alike(scales, shifts)
     gates, branches = _same(gates), _same(branches)
-    if torch.compiler.is_compiling():
+    if traced(x):
         out = _op(x, gates, branches, scales, shifts, eps)
     else:
         tensors = (*gates, *branches, *scales, *shifts)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from senseflow_kernels._launch import fused
+from senseflow_kernels._launch import fused, traced
 from senseflow_kernels._qk_norm_rope import launch_backward, launch_forward, spread
 
 Rope = tuple[Tensor, Tensor]
@@ -272,7 +272,7 @@ def joint_qkv(
     if not fused("joint_qkv", *tensors, *present, *table):
         return joint_qkv_reference(streams, heads, rope, eps)
     call = Call(parts, [w is not None for w in weights], heads, eps)
-    if torch.compiler.is_compiling():
+    if traced(tensors[0]):
         out = _op(tensors, present, table, *call)
     else:
         out = _JointQKV.apply(call, table, *tensors, *present)

@@ -29,6 +29,7 @@ from senseflow_kernels._launch import (
     ticket,
     tl,
     total,
+    traced,
 )
 
 NORMALISERS = ("sample", "batch")
@@ -391,7 +392,7 @@ def dmd_loss(
     _check(x, x_t, fake, cond, uncond, sigma, alpha, guidance, parameterization, normaliser)
     constants = [None if t is None else t.detach() for t in (x_t, fake, cond, uncond, sigma, alpha, guidance)]
     args = (*constants, parameterization == "epsilon", normaliser == "batch", eps)
-    if torch.compiler.is_compiling():
+    if traced(x):
         _, norm, rms, loss = _op(x, *args)
     else:
         loss, norm, rms = _DMDLoss.apply(x, *args)  # type: ignore[misc]

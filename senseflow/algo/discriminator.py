@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from senseflow.meta import exact
+
 SPECTRAL_EPS = 1e-12
 INITIAL_ITERATIONS = 15  # of the power iteration on fresh weights: training starts near norm 1
 LEAK = 0.2
@@ -39,21 +41,21 @@ class SpectralConv2d(nn.Conv2d):
         super().__init__(channels, out, kernel, stride, padding=kernel // 2, padding_mode="circular")
         self.register_buffer("u", F.normalize(torch.randn(out), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(channels * kernel * kernel), dim=0))
-        for _ in range(INITIAL_ITERATIONS):
+        for _ in range(0 if self.weight.is_meta else INITIAL_ITERATIONS):
             self.power_iteration()
 
     @torch.no_grad()
     def power_iteration(self) -> None:
         """One step: v <- W'u / |W'u|, u <- W v / |W v|, in place."""
         matrix = self.weight.flatten(1)
-        with torch.autocast(matrix.device.type, enabled=False):
+        with exact(matrix):
             self.v.copy_(_direction(matrix.mT @ self.u, self.v))
             self.u.copy_(_direction(matrix @ self.v, self.u))
 
     def spectral_norm(self) -> Tensor:
         """The estimate u.W v, a scalar with gradients to the weight."""
         matrix = self.weight.flatten(1)
-        with torch.autocast(matrix.device.type, enabled=False):  # bf16 would lose 1/256 of the norm
+        with exact(matrix):  # bf16 would lose 1/256 of the norm
             return torch.dot(self.u, matrix @ self.v).clamp_min(SPECTRAL_EPS)
 
     def forward(self, input: Tensor) -> Tensor:

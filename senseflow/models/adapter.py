@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from senseflow import meta
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Adapter(Protocol):
         """Image tokens [B, T, D] of the middle block, for disc.kind fake_features."""
         ...
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        ...
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pixels; noise, of the latents' shape, draws from a VAE's posterior."""
         ...
@@ -86,6 +92,10 @@ class Adapter(Protocol):
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast of x's device to a half dtype, in which a network with fp32 weights computes; nothing for fp32."""
+    if x.is_meta and dtype != torch.float32:
+        return meta.Autocast(dtype)
+    if x.is_meta:
+        return nullcontext()
     return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -15,7 +15,7 @@ from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, cast, middle_tokens
-from senseflow.models.text import embed_prompts, load_encoder
+from senseflow.models.text import TEXT_LENGTH, embed_prompts, load_encoder
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
 
@@ -133,6 +133,10 @@ class EmbeddedAdapter:
         """Image tokens [B, 64, D] after the middle block, for `disc.kind fake_features`."""
         blocks: Any = net.transformer_blocks
         return middle_tokens(blocks, lambda: self.predict(net, x, sigma, cond), 1)
+
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return TEXT_LENGTH, net.config.joint_attention_dim, net.config.pooled_projection_dim
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pixels [B, 3, 32, 32] in [-1, 1]: a posterior sample by `noise`, of the latents' shape."""

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import senseflow_kernels
-from senseflow.config import Kernels, Model, UserError
+from senseflow.config import Config, Kernels, Model, UserError
 from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+from senseflow.models.fp8 import to_fp8
+from senseflow.models.lora import lora_pair
+from senseflow.models.recompute import checkpoint_blocks
 from senseflow_kernels import fuse_mmdit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,6 +74,23 @@ def make_adapter(model: Model, device: torch.device, source: str | Path = "") ->
     adapter = FAMILIES[model.family](model, where, device)
     adapter.decode_dtype = DTYPES[model.decode]
     return adapter
+
+
+def make_networks(cfg: Config, adapter: Any, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(teacher, student, fake) of a run, on the adapter's device, their blocks fused and checkpointed as the config
+    says. On the device "meta" without any weights. Raises UserError as its parts do."""
+    teacher = adapter.load_network(DTYPES[cfg.model.dtype])
+    storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
+    if cfg.model.variant == "lora":
+        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
+    else:
+        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
+    fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
+    if cfg.model.teacher_dtype == "fp8":
+        to_fp8(teacher, adapter.blocks(teacher))
+    for net in (student, fake):
+        checkpoint_blocks(net, cfg.model.checkpointing)
+    return teacher, student, fake
 
 
 def fuse_networks(kernels: Kernels, family: str, device: torch.device, *networks: nn.Module) -> bool:

@@ -143,6 +143,10 @@ class FluxAdapter:
         """Image tokens [B, T, D] after the middle of all blocks."""
         return middle_tokens(self.blocks(net), lambda: self.predict(net, x, sigma, cond), 1)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return self.text_length, net.config.joint_attention_dim, net.config.pooled_projection_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 

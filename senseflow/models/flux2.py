@@ -139,6 +139,10 @@ class Flux2Adapter:
         out = middle_output(self.blocks(net), lambda: self.predict(net, x, sigma, cond))
         return out[1] if isinstance(out, tuple) else out[:, cond.embeds.shape[1] :]
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return self.text_length, net.config.joint_attention_dim, net.config.joint_attention_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 

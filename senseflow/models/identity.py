@@ -9,20 +9,17 @@ from typing import Any
 from senseflow.config import UserError
 from senseflow.data.packages import file_digest
 from senseflow.models import text
-from senseflow.models.loading import is_local
+from senseflow.models.loading import components, local_folder
 
 
-def _folder(source: str | Path) -> Path:
-    """The local folder of a teacher; a hub id's is the snapshot that was loaded. Raises UserError."""
-    if is_local(source):
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), local_files_only=True))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"{source} is not in the hub's local cache: {error}") from None
+def _folder(source: str | Path, kinds: tuple[str, ...]) -> Path:
+    """The local folder of a teacher; of a hub id the snapshot with all its parts of those kinds, downloaded where they
+    are not there yet. Raises UserError where one stays missing: half of them would look like other weights."""
+    parts = [name for name in components(source) if name.startswith(kinds)]
+    folder = local_folder(source, parts)
+    if missing := next((name for name in parts if not (folder / name).is_dir()), None):
+        raise UserError(f"teacher folder {folder} lacks {missing}, which a cache's settings are compared with")
+    return folder
 
 
 def digest_of(folder: Path, parts: tuple[str, ...]) -> str:
@@ -40,5 +37,6 @@ def identity(adapter: Any) -> dict[str, str]:
     if source is None:  # the embedded family
         vae = digest_of(adapter.folder, ("vae",)) if adapter.vae is not None else "identity"
         return {"vae": vae, "text": text.WEIGHTS_SHA256}
-    folder = _folder(source)
-    return {"vae": digest_of(folder, ("vae",)), "text": digest_of(folder, ("text_encoder", "tokenizer"))}
+    vae, words = ("vae",), ("text_encoder", "tokenizer")
+    folder = _folder(source, vae + words)
+    return {"vae": digest_of(folder, vae), "text": digest_of(folder, words)}

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -23,10 +23,12 @@ UNWANTED = (
     "*.h5",
     "*onnx*",
     "*openvino*",
-    "*.fp16.*",
-    "*.bf16.*",
-    "*.non_ema.*",
+    "*.fp16[.-]*",  # of one file, and of a shard
+    "*.bf16[.-]*",
+    "*.non_ema[.-]*",
 )
+# One of these holds what a tokenizer knows. transformers makes an empty one of a folder without, and says nothing.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 def first_line(error: BaseException) -> str:
@@ -108,9 +110,12 @@ def check_safetensors(file: Path) -> None:
 def read_config(file: Path) -> dict[str, Any]:
     """A component's or pipeline's JSON. Raises UserError where it is none."""
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no JSON file ({first_line(error)}): copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object: copy it again")
+    return found
 
 
 def dtype_argument() -> str:
@@ -183,16 +188,21 @@ def load_component(
 
     source: a local diffusers folder, or a hub id (its local cache first, then the network). variant: "fp16", "bf16";
     "" is the plain weights, or where there are none the variant that is there.
-    Raises UserError for what is missing, cut off, of another class or shape, left over, gated, or not finite.
+    On the device "meta" from its config.json alone. Raises UserError for what is missing, cut off, of another class or
+    shape, left over, gated, or not finite.
     """
     folder = local_folder(source, [subfolder])
+    if torch.device(device).type == "meta":
+        return _shapes_alone(cls, folder, subfolder, dtype)
     variant = variant or variant_of(folder / subfolder, dtype)
     check_local(folder, subfolder, variant)
     found = read_config(folder / subfolder / "config.json").get("_class_name", cls.__name__)
     if found != cls.__name__:
         raise UserError(f"{folder / subfolder} holds a {found}, expected {cls.__name__}")
     kwargs: dict[str, Any] = {dtype_argument(): dtype, "variant": variant or None, "output_loading_info": True}
-    if not subfolder.startswith("text_encoder"):
+    if subfolder.startswith("text_encoder"):
+        kwargs["ignore_mismatched_sizes"] = True  # or transformers says that there are some, and not which
+    else:
         kwargs["low_cpu_mem_usage"] = has_accelerate()  # without accelerate: a plain construction first
     if torch.device(device).type != "cpu" and has_accelerate():
         kwargs["device_map"] = {"": torch.device(device)}
@@ -201,17 +211,37 @@ def load_component(
         net, info = cls.from_pretrained(folder, subfolder=subfolder, local_files_only=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: {subfolder} does not load: {_load_error(error)}") from None
-    for problem in ("missing", "unexpected"):
-        if names := sorted(info[f"{problem}_keys"]):
-            raise UserError(
-                f"{source}: {subfolder} has {len(names)} {problem} tensors, first {names[0]}: its config.json and its "
-                "weights do not belong together"
-            )
+    _check_complete(info, f"{source}: {subfolder}")
     if check_finite:
-        for name, p in net.named_parameters():
-            if not bool(torch.isfinite(p).all()):
+        for name, t in net.state_dict().items():
+            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
                 raise UserError(f"{source}: {subfolder} has a NaN or an infinity in {name}")
     return net.to(device).eval().requires_grad_(False)
+
+
+def _check_complete(info: dict[str, Any], where: str) -> None:
+    """Raises UserError for tensors that from_pretrained missed, had left, or (transformers alone) saw misshapen."""
+    for name, weights, config in info.get("mismatched_keys", ()):
+        raise UserError(f"{where} does not load: {name} has shape {[*weights]} in its weights, {[*config]} by its "
+                        "config.json")  # fmt: skip
+    for problem in ("missing", "unexpected"):
+        # old CLIP files hold a buffer that is now made
+        if names := sorted(n for n in info[f"{problem}_keys"] if not n.endswith("position_ids")):
+            raise UserError(
+                f"{where} has {len(names)} {problem} tensors, first {names[0]}: its config.json and its weights do not "
+                "belong together"
+            )
+
+
+def _shapes_alone(cls: Any, folder: Path, subfolder: str, dtype: torch.dtype) -> Any:
+    """What `load_component` gives, on the meta device: from the config.json alone, without weights."""
+    file = folder / subfolder / "config.json"
+    if not file.is_file():
+        raise UserError(f"teacher folder {folder} lacks {subfolder}/config.json")
+    with torch.device("meta"):
+        net = cls.from_config(read_config(file))
+    net = net.float() if dtype == torch.float32 else net.bfloat16()
+    return net.eval().requires_grad_(False)
 
 
 def has_accelerate() -> bool:
@@ -229,24 +259,48 @@ def components(source: str | Path) -> dict[str, Any]:
     return {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
 
 
-def load_pipeline_shell(cls: Any, source: str | Path, dtype: torch.dtype, without: tuple[str, ...]) -> Any:
-    """A diffusers pipeline of `cls` with the components `without` left out (None): its tokenizers and encoders.
+def check_tokenizer(folder: Path, part: str) -> None:
+    """Raises UserError where a tokenizer's folder, or its vocabulary, is not there."""
+    if not any((folder / part / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"teacher folder {folder} lacks {part}/{VOCABULARIES[0]} (or {', '.join(VOCABULARIES[1:])})")
 
-    Raises UserError when a part is missing or does not load.
+
+def text_class(cls: Any, part: str, found: str) -> Any:
+    """The transformers class of a pipeline's text encoder, `found` by its model_index.json. Raises UserError where the
+    pipeline `cls` expects another."""
+    import transformers
+
+    expected = get_type_hints(cls.__init__).get(part)
+    if isinstance(expected, type) and expected.__name__ != found:
+        raise UserError(f"{part} is a {found} by model_index.json, expected {expected.__name__}")
+    if not hasattr(transformers, found):
+        raise UserError(f"{part} is a {found}, which this transformers {transformers.__version__} has not")
+    return getattr(transformers, found)
+
+
+def load_pipeline_shell(cls: Any, source: str | Path, dtype: torch.dtype, without: tuple[str, ...]) -> Any:
+    """A diffusers pipeline of `cls` with the components `without` left out (None): its tokenizers and encoders, on the
+    CPU, the encoders through `load_component`.
+
+    Raises UserError when a part is missing, is of another class, or does not load.
     """
-    parts = [name for name in components(source) if name not in without]
+    named = {name: kind for name, kind in components(source).items() if name not in without}
+    optional = getattr(cls, "_optional_components", ())
+    for part in get_type_hints(cls.__init__):
+        if part.startswith(("text_encoder", "tokenizer")) and part not in named and part not in optional:
+            raise UserError(f"{source}: model_index.json names no {part}, which {cls.__name__} needs")
     quiet()
-    folder = local_folder(source, ["model_index.json", *parts])
-    variants = set()
-    for part in parts:
-        if part.startswith("text_encoder"):
-            variants.add(variant := variant_of(folder / part, dtype))
-            check_local(folder, part, variant)
+    folder = local_folder(source, ["model_index.json", *named])
     kwargs: dict[str, Any] = {dtype_argument(): dtype, **dict.fromkeys(without)}
+    for part, (_, name) in named.items():
+        if part.startswith("tokenizer"):
+            check_tokenizer(folder, part)
+        if part.startswith("text_encoder"):
+            kwargs[part] = load_component(text_class(cls, part, name), folder, part, dtype)
     try:
-        return cls.from_pretrained(folder, local_files_only=True, variant=max(variants, default="") or None, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: text encoders do not load: {first_line(error)}") from None
+        return cls.from_pretrained(folder, local_files_only=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{source}: {cls.__name__} does not load: {first_line(error)}") from None
 
 
 def network_class(folder: Path) -> Any:

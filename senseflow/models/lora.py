@@ -73,6 +73,9 @@ def lora_pair(adapter: Any, teacher: nn.Module, lora: Lora, seed: int) -> tuple[
             raise UserError(
                 f"lora.rank = {lora.rank}: layer {name} has {mine.in_features} inputs, allowed is up to that"
             )
+        if shared.is_meta:  # shapes alone
+            other.lora_A[NAME].weight = shared.requires_grad_(False)
+            continue
         rows = torch.linalg.qr(torch.randn(mine.in_features, lora.rank, generator=generator))[0].T
         with torch.no_grad():
             shared.copy_(rows)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, cast, in_dtype, middle_tokens
-from senseflow.models.loading import load_component, load_pipeline_shell
+from senseflow.models.loading import load_component, load_pipeline_shell, local_folder, read_config
 
 
 class SD3Adapter:
@@ -40,7 +40,6 @@ class SD3Adapter:
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
         down = autoencoder.downsampling(self.vae)
         self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
-        self.clip_width = 768
         self._empty: Condition | None = None
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -69,6 +68,10 @@ class SD3Adapter:
         """Image tokens [B, T, D] after the middle block, which returns (text tokens, image tokens)."""
         return middle_tokens(net.transformer_blocks, lambda: self.predict(net, x, sigma, cond), 1)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        return 77 + self.text_length, net.config.joint_attention_dim, net.config.pooled_projection_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 
@@ -95,12 +98,17 @@ class SD3Adapter:
             prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )  # fmt: skip
-        self.clip_width = self.text.text_encoder.config.projection_dim
         return Condition(embeds, pooled)
 
     def clip_l(self, cond: Condition) -> Tensor:
         """CLIP ViT-L/14's projected text vector [B, 768], which cond.pooled begins with; CLIP-G's follows."""
         return cond.pooled[:, : self.clip_width]
+
+    @cached_property
+    def clip_width(self) -> int:
+        """Of CLIP ViT-L/14's vector, from its config alone: a cache's prompts come without the encoder."""
+        folder = local_folder(self.source, ["text_encoder"])
+        return read_config(folder / "text_encoder" / "config.json").get("projection_dim", 512)  # transformers' default
 
     def uncond(self, batch: int) -> Condition:
         """The encoded empty prompt, `batch` times."""

@@ -81,6 +81,11 @@ class SDXLAdapter:
             handle.remove()
         return caught[0].flatten(2).transpose(1, 2)
 
+    def text_shape(self, net: Any) -> tuple[int, int, int]:
+        """(tokens, their width, width of the pooled vector) of an encoded prompt, known without an encoder."""
+        c = net.config
+        return 77, c.cross_attention_dim, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, pixels, noise)
 

@@ -121,10 +121,23 @@ def load_dinov2_small() -> DinoV2:
     return _from_state(_read_onnx(path), prefix="backbone.")
 
 
-def find_dinov2(name: str) -> DinoV2:
+SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, depth; all trained on a grid of 37
+
+
+def find_dinov2(name: str, device: str | torch.device = "cpu") -> DinoV2:
     """The backbone of disc.backbone: '' is the embedded ViT-S/14; else a folder, a file, a hub id such as
     `facebook/dinov2-large`, or a timm name such as `vit_large_patch14_dinov2.lvd142m`. The hub's local cache is looked
-    at first. Raises UserError when it is not to be had."""
+    at first. On the device "meta", a size in the name is enough. Raises UserError when it is not to be had."""
+    device = torch.device(device)
+    known = re.search("|".join(SIZES), name.rpartition("/")[2])
+    if device.type == "meta" and known and not Path(name).exists():
+        width, depth = SIZES[known[0]]
+        with device:
+            return DinoV2(width, depth, 4 * width, 37)
+    return _find(name).to(device)
+
+
+def _find(name: str) -> DinoV2:
     if not name:
         return load_dinov2_small()
     if not Path(name).exists() and re.fullmatch(r"vit_\w+_dinov2(\.\w+)?", name):

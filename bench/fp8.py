@@ -1,0 +1,88 @@
+"""What an 8-bit teacher changes: `python -m bench.fp8 [PRESET] [--samples N] [--json FILE] [--any.field VALUE]`.
+
+The relative error ||v_8 - v|| / ||v|| of the teacher's score over the run's own pictures and prompts at each sigma:
+conditional, and with the preset's guidance for the DMD term (middle of its range), where the difference of two
+predictions is blown up. Beside it, and what matters to the student, the error of the DMD gradient x0_fake - x0_real
+when the fake is the unquantised teacher's student at the start and the guidance gives the gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import environment
+from senseflow.algo.dmd import teacher_predictions
+from senseflow.cli import parse
+from senseflow.config import Config, UserError
+from senseflow.flow import add_noise
+from senseflow.flow import cfg as guided
+from senseflow.logs import print_table
+from senseflow.models.fp8 import to_fp8
+from senseflow.steps import Parts, encoded
+from senseflow.train import build
+
+SIGMAS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.98)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
+
+
+@torch.no_grad()
+def score_errors(cfg: Config, parts: Parts, data: Any, samples: int) -> list[dict[str, float]]:
+    """A row a sigma: errors of an 8-bit copy of the teacher, and bytes of both over the rows' keys."""
+    eight = copy.deepcopy(parts.teacher)
+    to_fp8(eight, parts.adapter.blocks(eight))
+    batch = encoded(parts, data.batch(0, samples), 0)
+    noise = parts.draws.normal(0, batch.samples, "fp8", tuple(batch.latents.shape[1:]))
+    scale = torch.full((samples,), 0.5 * (cfg.dmd.guidance_min + cfg.dmd.guidance_max), device=noise.device)
+    rows = []
+    for value in SIGMAS:
+        sigma = torch.full((samples,), value, device=noise.device)
+        x = add_noise(batch.latents, noise, sigma, parts.adapter.schedule.alpha(sigma))
+        found = []
+        for net in (parts.teacher, eight):
+            cond, uncond = teacher_predictions(
+                parts.adapter, net, x, sigma, batch.cond, scale, parts.adapter.uncond(samples)
+            )
+            found.append((cond, cond if uncond is None else guided(cond, uncond, scale)))
+        (cond, whole), (cond8, whole8) = found
+        row = dict(sigma=value, score=relative(cond8, cond), guided=relative(whole8, whole))
+        gap = whole - cond  # what the DMD gradient is while the fake is still the teacher; 0 where guidance is embedded
+        row["dmd_gradient"] = relative(whole8 - cond, gap) if float(gap.norm()) > 0 else float("nan")
+        rows.append(row)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    own = argparse.ArgumentParser(prog="python -m bench.fp8", description=__doc__, allow_abbrev=False)
+    own.add_argument("--samples", type=int, default=16)
+    own.add_argument("--json", type=Path)
+    mine, rest = own.parse_known_args(argv)
+    try:
+        cfg = parse(rest, __doc__ or "").config
+        parts, data = build(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        rows = score_errors(cfg, parts, data, mine.samples)
+    except UserError as error:
+        print(f"bench.fp8: {error}", file=sys.stderr)
+        return 2
+    columns = ["sigma", "score", "guided score", "DMD gradient at the start"]
+    shown = [[f"{r['sigma']:g}", *(f"{r[k]:.4f}" for k in ("score", "guided", "dmd_gradient"))] for r in rows]
+    print_table(f"relative error of an 8-bit teacher, {cfg.preset}, {mine.samples} samples", columns, shown)
+    if mine.json:
+        mine.json.parent.mkdir(parents=True, exist_ok=True)
+        record = dict(environment=environment(), preset=cfg.preset, samples=mine.samples, rows=rows)
+        mine.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

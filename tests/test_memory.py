@@ -1,0 +1,319 @@
+"""The plan against what is: persistent tensors exactly, activations by other instruments than the plan's own."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
+from torch import nn
+
+from senseflow import planning, train
+from senseflow.cli import parse
+from senseflow.config import UserError, replace
+from senseflow.memory import GB, Ledger, Row, nbytes
+from senseflow.models.families import make_adapter, make_networks
+from senseflow.planning import Planner, Target, flags, report, smallest, thriftier
+from senseflow.steps import encoded
+from senseflow.train import build, build_discriminator, iterate, main
+from senseflow.updates import Updates
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+CPU = torch.device("cpu")
+WRITE = {
+    "sd35-medium": lambda folder: write_sd3(folder, medium=True), "flux-dev": write_flux, "sdxl": write_sdxl,
+    "flux2-klein": write_klein,
+}  # fmt: skip
+HAS_KLEIN = pytest.mark.skipif(not hasattr(diffusers, "Flux2Transformer2DModel"), reason="diffusers without FLUX.2")
+REAL = [pytest.param(name, marks=HAS_KLEIN if name == "flux2-klein" else ()) for name in WRITE]
+SMALL = [f"--{setting}" for setting in (
+    "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=2",
+    "train.gen_every=1", "log.tensorboard=false", "log.progress=false", "disc.backbone=", "disc.taps=-1,2",
+    "disc.size=56", "disc.width=32", "disc.downsample=1", "ema.decay=0.5", "rollout.backward_prob=0",
+)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, selected):
+    wanted = {name for name in selected("preset") if name in WRITE}
+    return {name: WRITE[name](tmp_path_factory.mktemp(name)) for name in wanted}
+
+
+@pytest.fixture(autouse=True)
+def _pictures(monkeypatch):
+    monkeypatch.setattr(train, "load_variants", few_pictures)
+
+
+def config_of(preset, folders, *more):
+    """Of a tiny pipeline; `tiny` is the embedded preset as it is, in a small batch."""
+    if preset == "tiny":
+        return parse([preset, "--data.batch=4", "--train.gen_every=1", "--rollout.backward_prob=0", *more], "").config
+    return parse([preset, "--teacher", str(folders[preset]), *SMALL, *more], "").config
+
+
+def planner_of(cfg, **target):
+    return Planner(cfg, Target(**({"type": "cpu", "bytes": 1e12, "ranks": 1} | target)), iterate, build_discriminator)
+
+
+def by_part(rows):
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.part, {})[row.what.partition(",")[0]] = row.device
+    return found
+
+
+def own_bytes(net, seen):
+    tensors = [t for t in itertools.chain(net.parameters(), net.buffers()) if id(t) not in seen]
+    seen |= {id(t) for t in tensors}
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# -- the ledger ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_ledger_counts_by_arithmetic(device):
+    """Storages, not tensors: a view is nobody's, what is freed is gone, a phase owns what it made."""
+    before = torch.empty(1000, device=device)
+    with Ledger() as ledger:
+        ledger.known([before])
+        before.add_(1)
+        with ledger.phase("a"):
+            a = torch.empty(250, device=device)
+            b = a.view(5, 50)[1:]
+            with ledger.phase("b"):
+                c = a + 1
+        assert ledger.live == {"a": 1000, "b": 1000}
+        del a
+        assert ledger.total == 2000  # b holds it
+        del b
+        assert ledger.total == 1000 and ledger.top == 2000
+        ledger.as_gradient(c)
+        assert (ledger.total, ledger.gradients) == (0, 1000)
+        d = torch.empty(50, device=device)
+        del c
+        assert (ledger.total, ledger.gradients) == (200, 0)
+    peak = ledger.peak()
+    assert (peak.total, peak.gradients, peak.parts) == (2000, 0, {"a": 1000, "b": 1000})
+    del d
+    with Ledger(512) as ledger:
+        kept = [torch.empty(n, dtype=torch.uint8, device=device) for n in (1, 512, 513)]
+    assert ledger.total == 512 + 512 + 1024 and len(kept) == 3
+
+
+def test_gradients_held_stepped_on_and_split():
+    """Three Linear layers without activations to speak of: all gradients at the end, or one, or an Nth of all."""
+    net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    x = torch.zeros(1, 256)
+    size = 256 * 256 * 4
+    with Ledger() as ledger:
+        ledger.known(net.parameters())
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.as_gradient(p.grad)) for p in net.parameters()]
+        net(x).sum().backward()
+    held, stepped, split = (ledger.peak(share).total / size for share in (1, 0, 1 / 4))
+    assert held == pytest.approx(3, abs=0.05) and stepped == pytest.approx(1, abs=0.05)
+    assert split == pytest.approx(1.5, abs=0.05)  # the last one whole, before its reduction, and two quarters
+    del hooks
+
+
+def test_bytes_of_the_fullest_rank():
+    tensors = [torch.empty(10, 3), torch.empty(7), torch.empty(())]
+    assert nbytes(tensors) == 4 * (30 + 7 + 1)
+    assert nbytes([tensors[0], tensors[0][2:]]) == 120
+    assert nbytes(tensors, 4) == 4 * (3 * 3 + 2 + 1)  # as torch.chunk: 3, 3, 3, 1 rows and 2, 2, 2, 1
+
+
+# -- what stays ----------------------------------------------------------------------------------------------------
+
+STORAGE = {
+    "fp32": [], "split": ["--model.dtype=bf16", "--train.precision=split"],
+    "8bit": ["--model.dtype=bf16", "--train.precision=stochastic", "--train.moments=8bit"],
+    "lora": ["--model.variant=lora", "--lora.rank=4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "storage"),
+    [("tiny", "fp32"), ("sd35-medium", "split"), ("sd35-medium", "8bit"), ("flux-dev", "split"), ("flux-dev", "lora"),
+     ("sdxl", "fp32"), pytest.param("flux2-klein", "8bit", marks=HAS_KLEIN)],
+)  # fmt: skip
+def test_persistent_tensors_to_the_byte(preset, storage, folders):
+    cfg = config_of(preset, folders, *STORAGE[storage])
+    found = by_part(planner_of(cfg).stays(cfg))
+    parts, _ = build(cfg, CPU)
+    updates, seen = Updates(cfg, parts), set()
+    for name, net in (("teacher", parts.teacher), ("student", parts.student), ("fake", parts.fake),
+                      ("disc", parts.disc), ("backbone", parts.vfm)):  # fmt: skip
+        assert found[name]["weights"] == own_bytes(net, seen), name
+    if parts.adapter.vae is not None:
+        assert found["VAE"]["weights"] == own_bytes(parts.adapter.vae, seen)
+    for name, optimizer in updates.optimizers.items():
+        state = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
+        size = sum(t.numel() * t.element_size() for t in state)
+        assert found[name]["moments"] + found[name].get("other half of the weights", 0) == size, name
+    assert found["student"]["EMA"] == sum(t.numel() * 4 for t in updates.ema.shadow)
+
+
+def test_host_states_leave_the_device(folders):
+    preset = "sd35-medium"
+    cfg = config_of(preset, folders, *STORAGE["split"], "--optim.host=true")
+    parts, _ = build(cfg, CPU)
+    updates = Updates(cfg, parts)
+    host = updates.optimizers["student"]
+    size = sum(t.numel() * t.element_size() for s in host.inner.state.values() for k, t in s.items() if k != "step")
+    size += 2 * sum(m.numel() * m.element_size() for m in host.masters)  # and as much for its gradients
+    rows = [r for r in planner_of(cfg).stays(cfg) if r.part == "student" and not r.what.startswith("weights,")]
+    assert sum(r.device for r in rows) == 0
+    assert sum(r.host for r in rows) == size + 4 * sum(p.numel() for p in parts.student.parameters())  # the EMA
+
+
+# -- what comes and goes -------------------------------------------------------------------------------------------
+
+
+def allocator_peak(run) -> int:
+    """Bytes above the start at the fullest moment of run(), by the CPU allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("preset", ["tiny", *REAL])
+def test_peak_of_an_iteration_within_5_percent(preset, checkpointing, folders):
+    """A whole student iteration, with its optimizers, on the CPU, by the allocator; the plan made it from shapes."""
+    both = [f"--model.checkpointing={checkpointing}", f"--disc.checkpointing={str(checkpointing == 'full').lower()}"]
+    cfg = config_of(preset, folders, *both)
+    planner = planner_of(cfg)
+    predicted = planner.ledger(cfg).peak().total
+    parts, data = build(cfg, CPU)
+    updates = Updates(cfg, parts)
+    number = planning.busy_iteration(cfg, parts)
+
+    def once():
+        iterate(cfg, parts, updates, encoded(parts, data.batch(number, cfg.data.batch), number), number)
+
+    once()  # the optimizer's tables, the prompts' cache
+    assert predicted == pytest.approx(allocator_peak(once), rel=0.05)
+
+
+def saved_bytes(cfg, adapter, net, batch):
+    """Of everything but weights that a forward keeps for its backward, by autograd's hooks, each storage once."""
+    kept = {}
+    weights = {t.untyped_storage()._cdata for t in itertools.chain(net.parameters(), net.buffers())}
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in weights:
+            kept[t.untyped_storage()._cdata] = t
+        return t
+
+    x = torch.randn(batch, *adapter.latent_shape)
+    tokens, width, pooled = adapter.text_shape(net)
+    cond = planning.Condition(torch.randn(batch, tokens, width), torch.randn(batch, pooled))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = adapter.predict(net, x, torch.full((batch,), 0.5), cond)
+    return nbytes(kept.values()), out
+
+
+@pytest.mark.parametrize("preset", ["tiny", *REAL])
+def test_checkpointing_keeps_the_gradients_and_less(preset, folders):
+    """Bit for bit in fp32 on a CPU; kept: full < selective < none."""
+    grads, kept = {}, {}
+    for how in ("none", "selective", "full"):
+        cfg = config_of(preset, folders, f"--model.checkpointing={how}")
+        adapter = make_adapter(cfg.model, CPU)
+        _, student, _ = make_networks(cfg, adapter, CPU)
+        torch.manual_seed(0)
+        kept[how], out = saved_bytes(cfg, adapter, student, 2)
+        out.square().sum().backward()
+        grads[how] = [p.grad for p in student.parameters()]
+    assert kept["full"] < kept["selective"] < kept["none"]
+    for how in ("selective", "full"):
+        for mine, plain in zip(grads[how], grads["none"], strict=True):
+            assert (mine is None) == (plain is None) and (mine is None or torch.equal(mine, plain)), how
+
+
+def test_the_discriminators_view_checkpointed_is_the_same(folders):
+    """The student's gradients through decoder and backbone, bit for bit."""
+    preset, found = "sd35-medium", []
+    for checkpointing in ("false", "true"):
+        cfg = config_of(preset, folders, f"--disc.checkpointing={checkpointing}")
+        parts, data = build(cfg, CPU)
+        x0 = encoded(parts, data.batch(0, 2), 0).latents.clone().requires_grad_()
+        taps = parts.vfm.features(parts.adapter.decode(x0), cfg.disc.taps, cfg.disc.size)
+        sum(t.square().sum() for t in taps).backward()
+        found.append(x0.grad)
+    assert torch.equal(*found) and found[0].abs().max() > 0
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_needs_no_weights(folders, tmp_path, capsys, monkeypatch):
+    preset = "flux-dev"
+    for file in folders[preset].glob("*/config.json"):
+        if file.parent.name in ("transformer", "vae") or file.parent.name.startswith("text_encoder"):
+            (tmp_path / file.parent.name).mkdir()
+            (tmp_path / file.parent.name / "config.json").write_text(file.read_text())
+    monkeypatch.setattr(train, "build", None)  # nothing is loaded
+    assert main([preset, "--teacher", str(tmp_path), *SMALL, "--dry-run"]) == 0
+    assert "memory plan: flux-dev on 1 machine without a GPU, batch 2" in capsys.readouterr().out
+    assert main([preset, "--teacher", "no/such", *SMALL, "--dry-run", "--preset-is-not-asked=1"]) == 2
+
+
+def test_the_smallest_set_is_found_and_said(folders, capsys):
+    """A device a little smaller than the run: one switch. Its flags, typed, make a plan that fits. Nothing helps where
+    weights alone are more."""
+    preset = "sd35-medium"
+    cfg = config_of(preset, folders)
+    whole = planner_of(cfg).plan(cfg)
+    planner = planner_of(cfg, bytes=0.98 * whole.total)
+    changed, plan = smallest(planner, cfg)
+    assert len(changed) == 1 and plan.fits and not planner.plan(cfg).fits
+    assert planner.plan(
+        parse([preset, "--teacher", str(folders[preset]), *SMALL, *flags(changed).split()], "").config
+    ).fits
+    assert smallest(planner_of(cfg, bytes=1e5), cfg) is None
+    size = 0.98 * (whole.total + 3 * GB) / GB  # for a GPU some is kept free
+    words = [preset, "--teacher", str(folders[preset]), *SMALL, "--dry-run", f"--memory.device_gb={size}"]
+    main(words)
+    assert "It does not fit. The smallest set of switches" in capsys.readouterr().out
+
+
+def test_thriftier_starts_with_nothing_and_stays_allowed():
+    cfg = parse(["sd35-large"], "").config
+    sets = [changed for changed, _ in thriftier(cfg)]
+    assert sets[0] == {} and sorted(len(s) for s in sets) == [len(s) for s in sets]
+    assert not any({"optim.host", "optim.in_backward"} <= set(s) for s in sets)
+    assert any(s.get("train.precision") == "stochastic" for s in sets)
+    fp32 = replace(cfg, {"model.dtype": "fp32", "train.precision": "fp32"})
+    assert not any("train.precision" in s for s, _ in thriftier(fp32))
+
+
+def test_the_report_adds_up(folders):
+    preset = "sdxl"
+    cfg = config_of(preset, folders)
+    plan = planner_of(cfg, type="cuda", bytes=80e9, ranks=2).plan(cfg)
+    title, _, rows = report(plan)
+    assert title == "memory plan: sdxl on each of 2 GPUs, batch 1 each"
+    sums = {row[0]: float(row[2]) for row in rows}
+    assert sums["sum"] == pytest.approx(sum(float(r[2]) for r in rows[:-2]), abs=1e-3 * len(rows))
+    assert sums["device"] == 80 and sum(r.device for r in plan.rows) + 3e9 <= plan.total
+    assert all(isinstance(r, Row) for r in plan.rows)
+
+
+def test_unknown_teacher_is_refused():
+    cfg = replace(parse(["sd35-large"], "").config, {"model.teacher": "some/body", "preset": "mine"})
+    with pytest.raises(UserError, match="a plan needs a local folder"):
+        planner_of(cfg)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["sd35-medium", "sdxl"])
+def test_max_memory_allocated_within_5_percent(preset):
+    """Published sizes with random weights, full, on this GPU: bench.memory, which bench.gpu runs for Large too."""
+    from bench.memory import measure
+
+    row = measure(preset, [])
+    assert row["predicted_gb"] == pytest.approx(row["max_memory_allocated_gb"], rel=0.05), json.dumps(row)
