@@ -25,8 +25,8 @@ MODES = {"blocks": "default", "max": "max-autotune-no-cudagraphs"}  # graphs are
 
 def regions(parts: Parts, cfg: Config) -> list[nn.Module]:
     """What is compiled by itself: the transformer blocks of the three networks, the backbone's blocks up to the last
-    one read, the VAE's decoder; these two not with disc.checkpointing. DMD2's classifier reads the fake's middle block through a hook, which compiled code may
-    leave out: that block is not compiled then."""
+    one read, the VAE's decoder; these two not with disc.checkpointing. DMD2's classifier reads the fake's middle block
+    through a hook, which compiled code may leave out: that block is not compiled then."""
     found: list[nn.Module] = []
     for net in (parts.student, parts.fake, parts.teacher):
         blocks = parts.adapter.blocks(net)

@@ -365,7 +365,7 @@ class Kernels(Section):
         "off",
     )
     graphs: Literal["auto", "off", "on"] = doc(
-        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU, where all can be captured",
+        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU",
         "auto",
     )
 

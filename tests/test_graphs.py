@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_meta import NoSync, nullcontext_of_meta, parts_on_meta, to_meta
+from on_meta import NoSync, parts_on_meta, to_meta
 from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import train
@@ -124,7 +124,6 @@ def test_nothing_in_a_capture_waits_or_copies_from_the_host(made, monkeypatch):
     """What CUDA forbids while it captures, on the meta device: the iteration, its rates and clock on the device."""
     cfg, parts, data = made("cpu")
     parts_on_meta(parts)
-    monkeypatch.setattr(torch, "autocast", nullcontext_of_meta)
     monkeypatch.setattr(adamw, "adamw_reference", lambda *_: None)  # test_no_sync has it
     run = Replayed(cfg, parts, Updates(cfg, parts), iterate, capture=False)
     batches = [to_meta(data.batch(i, 2)) for i in range(6)]

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from on_meta import META, HostSync, NoSync, nullcontext_of_meta, parts_on_meta, to_meta
+from on_meta import META, HostSync, NoSync, parts_on_meta, to_meta
 from test_families import SMALL, WRITE
 from tiny_pipelines import embedded_teacher, few_pictures
 
@@ -55,7 +55,6 @@ def one_of_each(cfg, parts):
 def watched(case, folders, monkeypatch, some):
     """Iterations of `some` (of those of one_of_each), each after one that does not count: constants are copied once."""
     monkeypatch.setattr(train, "load_variants", few_pictures)
-    monkeypatch.setattr(torch, "autocast", nullcontext_of_meta)
     monkeypatch.setattr(adamw, "adamw_reference", lambda *_: None)  # below, as it takes meta tensors seconds
     cfg = settings(case, folders)
     parts, data = build(cfg, torch.device("cpu"))
