@@ -4,8 +4,8 @@ Every form trains its own copy of the same weights on the same batches and draws
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
 Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
 off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile);
-`ours, compile` has the same compiled; with a GPU there are
-`ours, graphs` and both, whose networks are called at captures alone, so their pictures are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
+`ours, compile` has the same compiled, `ours, graphs` (with a GPU) is replayed: its networks are called at captures
+alone, so their pictures are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
 nvidia-modelopt's DMD2, where that is installed.
 """
 
