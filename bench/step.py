@@ -38,6 +38,7 @@ from senseflow.train import build, iterate
 from senseflow.updates import Updates
 
 Iterate = Callable[[Any, int], dict[str, Any]]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LEAN = Switches(own_features_of_r=False, look_always=False, per_parameter=False, read_back=False, fused_adamw=True)
 
 
@@ -145,9 +146,9 @@ def check(rows: dict[str, list[dict[str, float]]], reference: str) -> None:
                 assert abs(mine[key] - theirs[key]) <= bound, f"{name}, iteration {i}: {key} {mine[key]} {theirs[key]}"
 
 
-def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int) -> dict[str, Any]:
+def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int, clock: str) -> dict[str, Any]:
     """Seconds per form and iteration, losses of the warm-up, pictures through each network."""
-    made = forms(cfg, parts, only)
+    made, now = forms(cfg, parts, only), CLOCKS[clock]
     warm = warm_up(cfg)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     losses: dict[str, list[dict[str, float]]] = {name: [] for name in made}
@@ -158,12 +159,12 @@ def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int)
             for _, counts in made.values():
                 counts.clear()
         for name, (run, _) in made.items():
-            start = time.perf_counter()
+            start = now()
             found = run(batch, iteration)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if iteration >= warm:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
             else:
                 losses[name].append({k: float(v) for k, v in found.items()})
     pictures = {name: dict(counts) for name, (_, counts) in made.items()}
@@ -195,6 +196,9 @@ def main(argv: list[str]) -> int:
     """Prints the table; writes the raw times with --json."""
     own = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, allow_abbrev=False)
     own.add_argument("--iterations", type=int, default=20, help="timed ones, after two cycles of warm-up")
+    own.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others share the cores"
+    )
     own.add_argument("--only", nargs="+", default=[], help="forms")
     own.add_argument("--json", type=Path, help="file for the raw times; default: none")
     mine, rest = own.parse_known_args(argv)
@@ -204,7 +208,7 @@ def main(argv: list[str]) -> int:
             torch.set_num_threads(cfg.train.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts, data = build(cfg, device)
-        found = measure(cfg, parts, data, mine.only, mine.iterations)
+        found = measure(cfg, parts, data, mine.only, mine.iterations, mine.clock)
     except UserError as error:
         print(f"bench.step: {error}", file=sys.stderr)
         return 2
@@ -213,7 +217,9 @@ def main(argv: list[str]) -> int:
     )
     if mine.json:
         mine.json.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(environment=environment(), preset=cfg.preset, batch=cfg.data.batch, argv=argv, **found)
+        record = dict(
+            environment=environment(), preset=cfg.preset, batch=cfg.data.batch, argv=argv, clock=mine.clock, **found
+        )
         mine.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
