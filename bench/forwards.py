@@ -283,7 +283,8 @@ def main(argv: list[str]) -> int:
         if unknown := [p for p in mine.presets if p not in ("tiny", *public.CHECKPOINTS)]:
             raise UserError(f"--presets {unknown[0]!r}: allowed are tiny, {', '.join(public.CHECKPOINTS)}")
         with tempfile.TemporaryDirectory() as root:
-            record = dict(environment=environment(), presets={p: family(p, Path(root)) for p in mine.presets})
+            where = environment() | dict(command=f"python -m bench.forwards --presets {' '.join(mine.presets)}")
+            record = dict(environment=where, presets={p: family(p, Path(root)) for p in mine.presets})
     except UserError as error:
         print(f"bench.forwards: {error}", file=sys.stderr)
         return 2
