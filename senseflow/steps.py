@@ -44,7 +44,7 @@ class Parts:
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
-    moves: Callable[[str, float], None] = lambda _name, _bytes: None  # what a phase reads and writes; the same
+    moves: Callable[[str, Callable[[], float]], None] = lambda _phase, _bytes: None  # bytes of a phase; the same
     world: World = field(default_factory=World)
     skeleton: nn.Module | None = None  # the student without numbers, where it is sharded: its form to save
 

@@ -206,7 +206,7 @@ class Updates:
         for name in names:
             optimizer, params, limit = self.optimizers[name], self.params[name], self.cfg.train.clip
             phase = "clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"
-            self.parts.moves(phase, bytes_moved(optimizer, params, self.has_ida, self.ema, name))
+            self.parts.moves(phase, partial(bytes_moved, optimizer, params, self.has_ida, self.ema, name))
             with self.parts.phase(phase):
                 norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit, self._across(name))
                 finite = torch.isfinite(loss) & torch.isfinite(norm)
