@@ -404,7 +404,7 @@ def test_autocast_of_shapes_is_cudas(name):
 
 
 def test_attention_of_shapes_keeps_no_matrix():
-    """Output and one fp32 a row and head: what every memory-saving kernel keeps, and no [N, N]; however it is called."""
+    """Output and one fp32 a row and head: what memory-saving kernels keep, and no [N, N]; however it is called."""
     q = torch.zeros(2, 3, 500, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with meta.StandsFor("cuda"), Ledger() as ledger:
         ledger.known([q])
