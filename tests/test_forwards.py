@@ -35,7 +35,6 @@ def test_counts_by_hand(made):
     cfg, parts, data = made
     updates, batch = Updates(cfg, parts), data.batch(0, 2)
     parts.draws.length, parts.draws.anchor = 2, 0.99
-    parts.adapter.uncond(1)  # the empty prompt, once a run
     with counting(parts) as counts:
         iterate(cfg, parts, updates, batch, 1)
     # student: rollout 2, forward and backward 3, ISG's half-step 1; teacher: DMD's and ISG's guidance, two each; fake:
