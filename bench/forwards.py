@@ -220,7 +220,7 @@ def small_run(preset: str, root: Path) -> Iterator[tuple[Any, Parts, Any]]:
     """(config, parts, data) of the tests' small pipeline of the preset's classes, on a few pictures."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     try:
-        import tiny_pipelines as tiny
+        import tiny_pipelines as tiny  # type: ignore[import-not-found]
     finally:
         sys.path.pop(0)
     write = {"tiny": tiny.embedded_teacher, "sd35-large": tiny.write_sd3, "flux-dev": tiny.write_flux,

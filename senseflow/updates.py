@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
     return gradient + moments + 2 * (cfg.train.precision == "split" and p.dtype == torch.bfloat16)
 
 
-def bytes_moved(optimizer: Any, params: list[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
+def bytes_moved(optimizer: Any, params: Sequence[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
     """Bytes that a step of a network reads and writes at the least: its gradient twice (for the norm first), weight and
     moments there and back; with the student's, phi and EMA too."""
     total = 0.0
@@ -146,7 +146,7 @@ class Updates:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = self.rates[name] if name in self.rates else self.scheduled(name, iteration)
 
-    def _clear(self, params: list[Tensor]) -> None:
+    def _clear(self, params: Sequence[Tensor]) -> None:
         """After a step: no gradient is left, or zeros in its place."""
         if self.keep_grads:
             for p in params:
