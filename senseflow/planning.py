@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from senseflow.meta import StandsFor, Uninitialised
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import EmbeddedAdapter
 from senseflow.models.families import DTYPES, make_adapter, make_networks
+from senseflow.models.loading import read_config
 from senseflow.models.lora import trainable
 from senseflow.models.public import CHECKPOINTS, Checkpoint, build
 from senseflow.optim import make_optimizer
@@ -55,12 +57,12 @@ class Target:
     ranks: int
 
 
-def target_of(cfg: Config, ranks: int = 1) -> Target:
-    """By memory.device_gb and memory.ranks, else the device that is here and the run's ranks."""
+def target_of(cfg: Config) -> Target:
+    """By memory.device_gb and memory.ranks, else the device that is here and the ranks that torchrun started."""
     found, size = device_bytes()
     if cfg.memory.device_gb:
         found, size = "cuda", cfg.memory.device_gb * GB
-    return Target(found, size, cfg.memory.ranks or ranks)
+    return Target(found, size, cfg.memory.ranks or int(os.environ.get("WORLD_SIZE", 1)))
 
 
 # -- the networks, from configs alone ------------------------------------------------------------------------------
@@ -99,14 +101,15 @@ class PlannedAdapter:
 
     def __init__(self, adapter: Any, net: Any, dtype: torch.dtype, guided: bool):
         self._adapter, self._shape, self._dtype, self._guided = adapter, adapter.text_shape(net), dtype, guided
+        self.where = META  # of the prompts; bench.memory puts all of it on a GPU
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._adapter, name)
 
     def prompts(self, batch: int) -> Condition:
         tokens, width, pooled = self._shape
-        embeds = torch.empty(batch, tokens, width, dtype=self._dtype, device=META)
-        return Condition(embeds, torch.empty(batch, pooled, dtype=self._dtype, device=META))
+        embeds = torch.zeros(batch, tokens, width, dtype=self._dtype, device=self.where)
+        return Condition(embeds, torch.zeros(batch, pooled, dtype=self._dtype, device=self.where))
 
     def uncond(self, batch: int) -> Condition | None:
         return None if self._guided else self.prompts(batch)
@@ -118,6 +121,9 @@ def planned_parts(cfg: Config, make_discriminator: Discriminator) -> Parts:
     with config_folder(cfg) as source, warnings.catch_warnings(), Uninitialised():
         warnings.simplefilter("ignore")  # a LoRA layer on the meta device is initialised by nobody, which peft notes
         adapter: Any = make_adapter(cfg.model, META, source)
+        text = Path(source or " ") / "text_encoder" / "config.json"
+        if hasattr(adapter, "clip_width") and text.is_file():  # what the adapter learns from its first prompt
+            adapter.clip_width = read_config(text)["projection_dim"]
         teacher, student, fake = make_networks(cfg, adapter, META)
         dtype = torch.float32 if isinstance(adapter, EmbeddedAdapter) else DTYPES[cfg.model.dtype]
         adapter = PlannedAdapter(adapter, teacher, dtype, guided=cfg.model.family == "flux")
@@ -236,6 +242,11 @@ class Backward:
     def lam(self, metrics: dict[str, Tensor]) -> float:
         return 1.0
 
+    def step_parts(self, losses: Any, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
+        for loss, _ in losses:
+            self.step(loss, iteration, *names)
+        return {}
+
     def step(self, loss: Tensor, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
         inputs = [p for name in names for p in self.params[name]]
         with ExitStack() as stack, self.parts.phase("backward"):
@@ -248,12 +259,12 @@ class Backward:
         return {}
 
 
-def planned_batch(cfg: Config, parts: Parts) -> Batch:
+def planned_batch(cfg: Config, parts: Parts, device: torch.device = META) -> Batch:
     """One rank's batch, of pixels that are still to be encoded."""
     a: Any = parts.adapter
     size, side = cfg.data.batch, cfg.model.side
-    pixels = torch.empty(size, 3, side, side, device=META)
-    samples = torch.empty(size, dtype=torch.int64, device=META)
+    pixels = torch.zeros(size, 3, side, side, device=device)
+    samples = torch.zeros(size, dtype=torch.int64, device=device)
     return Batch(pixels, pixels, a.prompts(size), samples, encoded=a.vae is None)
 
 
@@ -285,13 +296,12 @@ def measured(cfg: Config, parts: Parts, iterate: Iterate, device_type: str) -> L
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: of the training's fullest moment. total: of them, the reserve, or more where the start needs more."""
+    """rows: of the run's fullest moment. total: their bytes on a device, and the reserve."""
 
     config: Config
     target: Target
     rows: list[Row]
     total: float
-    start: float
 
     @property
     def fits(self) -> bool:
@@ -299,20 +309,20 @@ class Plan:
 
 
 class Planner:
-    """Plans of one config and of others with its switches changed. What they share is measured once."""
+    """Plans of one config, and of others with its SWITCHES changed alone. What they share is measured once."""
 
     def __init__(self, cfg: Config, target: Target, iterate: Iterate, make_discriminator: Discriminator):
         self.target, self.iterate, self.make = target, iterate, make_discriminator
         self._parts: dict[Any, Parts] = {}
         self._ledgers: dict[Any, Ledger] = {}
-        self._stays: dict[Any, list[Row]] = {}
+        self._states: dict[Any, list[Row]] = {}
         self.text = text_encoder_bytes(cfg)
 
     def _local(self, cfg: Config) -> Config:
         return replace(cfg, {"data.batch": math.ceil(cfg.data.batch / self.target.ranks)})
 
     def parts(self, cfg: Config) -> Parts:
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision)
+        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision == "fp32")
         if key not in self._parts:
             with self._device():
                 self._parts[key] = planned_parts(cfg, self.make)
@@ -325,19 +335,20 @@ class Planner:
 
     def stays(self, cfg: Config) -> list[Row]:
         """Rows that are there from the start to the end."""
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
-        if key not in self._stays:
-            parts, ranks = self.parts(cfg), self.target.ranks
-            rows = [*weight_rows(cfg, parts, ranks), *optimizer_rows(cfg, parts, ranks)]
-            rows.append(communication_row(cfg, parts, ranks))
-            if self.text and not cached(cfg):
-                rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
-            self._stays[key] = rows
-        return self._stays[key]
+        plain = {"model.checkpointing": "none", "disc.checkpointing": False, "optim.in_backward": False}
+        cfg = replace(cfg, plain)  # what makes no difference here
+        parts, ranks = self.parts(replace(cfg, {"model.teacher_dtype": "model"})), self.target.ranks
+        key = (cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
+        if key not in self._states:
+            self._states[key] = optimizer_rows(cfg, parts, ranks)
+        rows = [*weight_rows(cfg, self.parts(cfg), ranks), *self._states[key], communication_row(cfg, parts, ranks)]
+        if self.text and not cached(cfg):
+            rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
+        return rows
 
     def ledger(self, cfg: Config) -> Ledger:
         cfg = replace(cfg, {"model.teacher_dtype": "model"})  # of little weight here: a layer made wider at a time
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision, cfg.data.batch)
+        key = (cfg.model, cfg.disc, cfg.train.precision == "fp32")
         if key not in self._ledgers:
             with self._device():
                 self._ledgers[key] = measured(self._local(cfg), self.parts(cfg), self.iterate, self.target.type)
@@ -355,9 +366,11 @@ class Planner:
             rows.append(Row(NAMES.get(phase, "step"), what, size))
         rows.append(Row("data", f"{cfg.data.prefetch} batches ahead", cfg.data.prefetch * self._batch(cfg)))
         reserve = cfg.memory.reserve_gb * GB if self.target.type == "cuda" else 0.0
-        extra = 0.0 if cached(cfg) else self.text
-        start = sum(r.device for r in stays) + self.text - extra + reserve
-        return Plan(cfg, self.target, rows, max(sum(r.device for r in rows) + reserve, start), start)
+        total = sum(r.device for r in rows)
+        start = sum(r.device for r in stays) + (self.text if cached(cfg) else 0.0)
+        if start > total:  # the encoders are gone before there are activations
+            rows.append(Row("text encoders", "at the start, beyond the step", start - total))
+        return Plan(cfg, self.target, rows, max(total, start) + reserve)
 
     def _batch(self, cfg: Config) -> float:
         batch = planned_batch(self._local(cfg), self.parts(cfg))
@@ -379,7 +392,7 @@ SWITCHES: tuple[tuple[str, tuple[Any, ...], float], ...] = (
     ("disc.checkpointing", (False, True), 1.0),
     ("model.checkpointing", ("none", "selective", "full"), 1.1),
     ("optim.in_backward", (False, True), 1.3),
-    ("train.moments", ("fp32", "bf16", "8bit"), 1.5),
+    ("train.moments", ("fp32", "8bit"), 1.5),
     ("model.teacher_dtype", ("model", "fp8"), 1.7),
     ("train.precision", ("fp32", "split", "stochastic"), 2.0),
     ("optim.host", (False, True), 3.0),
@@ -391,6 +404,8 @@ def thriftier(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
     now = {name: value for name, (_, value, _) in settings(cfg).items()}
     choices = []
     for name, values, cost in SWITCHES:
+        if now[name] not in values:
+            values = (now[name], *values[-1:])
         at = values.index(now[name])
         if name == "train.precision" and at == 0:  # fp32 stays where the arithmetic is fp32
             values, at = values[:1] if cfg.model.dtype == "fp32" else values, 0
