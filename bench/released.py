@@ -19,7 +19,7 @@ from senseflow.algo.augment import AUGMENT_DRAWS, diff_augment
 from senseflow.config import Config
 from senseflow.data.batches import Batch
 from senseflow.flow import add_noise, bcast, omega
-from senseflow.steps import Parts, text_vector
+from senseflow.steps import Parts, d_dtype, text_vector
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class ReleasedLoop:
             rand = self.parts.draws.uniform(self.iteration, batch.samples, stream, (AUGMENT_DRAWS,))
             pixels = diff_augment(pixels, rand)
         vfm: Any = self.parts.vfm
-        return vfm.features(pixels, self.cfg.disc.taps, self.cfg.disc.size)
+        with d_dtype(self.cfg, pixels):
+            return vfm.features(pixels, self.cfg.disc.taps, self.cfg.disc.size)
 
     def _logits(self, taps: Any, batch: Batch) -> Tensor:
         """D(x, c, r), all heads' logits side by side; r's features are made for this call, as in the published loop."""
@@ -91,7 +92,8 @@ class ReleasedLoop:
                 self.r = self._features(batch.pixels, batch, None)
         assert self.parts.disc is not None
         text = text_vector(self.parts.adapter, self.cfg.disc.text, batch.cond)
-        return torch.cat(self.parts.disc(taps, text, self.r), 1)
+        with d_dtype(self.cfg, batch.latents):
+            return torch.cat(self.parts.disc(taps, text, self.r), 1)
 
     # -- one iteration ---------------------------------------------------------------------------------------------
 
