@@ -79,6 +79,7 @@ class Updates:
             self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
         self.one_pass = cfg.optim.name == "senseflow"
         self.keep_grads = False  # zeroed where they are instead of freed: CUDA graphs need them there
+        self.loads = 0  # of checkpoints, after which states have other memory
         self.rates: dict[str, Tensor] = {}  # learning rates on the device, which CUDA graphs read there
         self.optimizers: dict[str, Any] = {}
         for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
@@ -267,6 +268,7 @@ class Updates:
 
     def load(self, state: dict[str, Any]) -> None:
         self.ready()
+        self.loads += 1
         self.rate = state.get("rate", 1.0)
         load_trained_state(self.parts.student, state["student"])
         load_trained_state(self.parts.fake, state["fake"])
