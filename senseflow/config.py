@@ -393,7 +393,7 @@ class Kernels(Section):
         "off",
     )
     graphs: Literal["auto", "off", "on"] = doc(
-        "iterations as CUDA graphs, from the second of a kind on; auto: on one GPU where everything can be captured",
+        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU",
         "auto",
     )
 

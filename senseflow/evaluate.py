@@ -39,6 +39,7 @@ from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_va
 from senseflow.models.lite0 import load_lite0
 from senseflow.presets import tiny
 from senseflow.sample import load_student, picture_grid, student_samples, teacher_samples
+from senseflow.student import find_student
 
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
 PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
@@ -333,13 +334,20 @@ def make_evaluator(cfg: Config, adapter: Any, teacher: nn.Module) -> Evaluator |
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The embedded table for --student of the embedded family or --make-reference, as before; with any other flag the
+    metrics of the field (scoring.py)."""
     from senseflow.logs import print_table
 
+    words = sys.argv[1:] if argv is None else argv
+    if {w.partition("=")[0] for w in words if w.startswith("-")} - {"--student", "--teacher", "--make-reference"}:
+        from senseflow.scoring import main as score
+
+        return score(list(words))
     parser = argparse.ArgumentParser(prog="python -m senseflow.evaluate", description=__doc__)
     parser.add_argument("--student", type=Path, help="run folder")
     parser.add_argument("--teacher", default="", help="teacher folder; default: the embedded one")
     parser.add_argument("--make-reference", type=Path, help="folder to write a reference into")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     cfg = tiny()
     folder = teacher_folder(args.teacher)
     try:
@@ -349,6 +357,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not args.student:
             raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
+        family = find_student(args.student).model.family
+        if family != "embedded":
+            raise UserError(
+                f"{args.student} is of family {family!r}, which the embedded table does not know: name prompts, by "
+                "--prompts-file, --data or --coco, for the other metrics"
+            )
         adapter, net, record = load_student(args.student)
         cfg = replace(cfg, {"model.steps": len(record["anchors"])})
         evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)

@@ -375,7 +375,7 @@ class RunLog:
             self.writer.add_image("grid", grid, iteration)
             self.writer.flush()
         scores = "  ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in row.items())
-        self.say(f"iteration {iteration}: {scores}")
+        self.say(f"iteration {iteration}: {scores or f'pictures in {picture_path}'}")
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

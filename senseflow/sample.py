@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
 from senseflow.config import Config, UserError
+from senseflow.data.cache import is_cache
 from senseflow.data.emoji import default_names, to_float, to_uint8
+from senseflow.data.samples import BadSample
+from senseflow.data.sources import open_source
 from senseflow.draws import Draws
 from senseflow.flow import DiffusionSchedule
 from senseflow.models.adapter import Adapter, Condition
@@ -134,10 +137,19 @@ def read_png(path: Path) -> Tensor:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """From exactly one of the command line, a file with one prompt a line, and the embedded data set."""
-    given = [args.prompts is not None, args.prompts_file is not None, args.embedded]
+    """From exactly one of the command line, a file with one prompt a line, a data set, and the embedded one; the first
+    --limit of them."""
+    given = [args.prompts is not None, args.prompts_file is not None, args.data is not None, args.embedded]
     if sum(given) != 1:
-        raise UserError("prompts come from one of --prompts, --prompts-file and --embedded")
+        raise UserError("prompts come from one of --prompts, --prompts-file, --data and --embedded")
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: allowed is 0 or more")
+    return _all_prompts(args)[: args.limit or None]
+
+
+def _all_prompts(args: argparse.Namespace) -> list[str]:
+    if args.data is not None:
+        return data_prompts(args.data, args.limit)
     if args.prompts_file is not None:
         try:
             lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
@@ -148,6 +160,27 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--prompts-file {args.prompts_file} holds no prompt: one a line")
         return prompts
     return default_names() if args.embedded else args.prompts
+
+
+def data_prompts(path: str, limit: int) -> list[str]:
+    """The first caption of each item of a data set, in its order, up to `limit` (0: all); what is unusable is left
+    out, and said. Raises UserError for a path that senseflow.train would refuse, or one without captions."""
+    if is_cache(path):
+        raise UserError(f"--data {path} is a cache, which holds no captions: give what it was made of")
+    source, prompts, bad = open_source(path), [], 0
+    for item in range(len(source)):
+        if len(prompts) == limit > 0:
+            break
+        try:
+            prompts.append(source.read(item, 1).captions[0])  # of a picture its first byte
+        except BadSample:
+            bad += 1
+    bad += len(source.dropped)
+    if not prompts:
+        raise UserError(f"--data {path} holds no caption that can be used")
+    if bad:
+        print(f"{path}: {bad} items without a usable caption left out", file=sys.stderr)
+    return prompts
 
 
 class Source:
@@ -206,7 +239,7 @@ class Source:
 
 def teacher_preset(source: str) -> Config:
     """The preset of a teacher's family, found by the class its model_index.json names. Raises UserError for others."""
-    if source == "embedded" or (is_local(source) and not (Path(source) / "model_index.json").is_file()):
+    if source == "embedded" or (is_local(source) and not (Path(source).expanduser() / "model_index.json").is_file()):
         return PRESETS["tiny"]()  # its folder has no pipeline; a missing or wrong one is named when it loads
     file = local_folder(source, ["model_index.json"]) / "model_index.json"
     name = read_config(file).get("_class_name", "")
@@ -240,6 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=("ema", "raw"), default="", help="of a run's newest checkpoint; default: as shipped")
     add("--prompts", nargs="+", help="one picture each")
     add("--prompts-file", type=Path, help="one prompt a line")
+    add("--data", help="captions of a data set: whatever senseflow.train --data takes, but for a cache")
+    add("--limit", type=int, default=0, help="the first so many prompts; 0: all")
     add("--embedded", action="store_true", help="the captions of the embedded data set")
     add("--images", type=int, default=1, help="pictures of each prompt")
     add("--steps", type=int, help="student: 1 to 8, default as trained; teacher: default its preset's")
@@ -252,6 +287,41 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="", help="of the arithmetic; default: as trained")
     add("--out", type=Path, help="folder; default STUDENT/samples, or samples for a teacher")
     return parser
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """What the pictures are, a line each."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_pictures(
+    source: Source, prompts: list[str], files: list[Path], rows: list[dict[str, Any]], rank: int, world: int,
+    resume: bool = False, enlarge: bool = True,
+) -> Iterator[int]:  # fmt: skip
+    """Writes this process's pictures, the row of each in its PNG; yields how many there are in each batch.
+
+    resume: a batch whose files are all there is left as it is; the network is loaded where something is missing alone.
+    enlarge: pictures under 128 pixels are written several times as large, to be seen.
+    """
+    args, adapter = source.args, source.adapter
+    mine = list(shares(len(prompts), args.batch, rank, world))
+    if resume:
+        mine = [part for part in mine if not all(files[i].is_file() for i in part.tolist())]
+    if not mine:
+        return
+    conds = [adapter.encode_prompts([prompts[i] for i in part.tolist()]).to("cpu") for part in mine]
+    if args.guidance != 1 and source.student is None:
+        adapter.uncond(1)  # needs the encoders, which make room for the network
+    adapter.free_text()
+    net = source.network()
+    for part, cond in _shown(list(zip(mine, conds, strict=True)), rank):
+        pictures = to_uint8(source.pictures(net, cond.to(adapter.device), part)).cpu()
+        for i, picture in zip(part.tolist(), pictures, strict=True):
+            scale = max(1, 128 // picture.shape[2]) if enlarge else 1  # a picture of 32 pixels is hard to see
+            big = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            save_png(big, files[i], {k: v for k, v in rows[i].items() if k != "file"})
+        yield len(part)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -273,23 +343,10 @@ def run(args: argparse.Namespace) -> None:
         dict(file=file.name, index=i, prompt=prompt, seed=args.seed, **source.about)
         for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    mine = list(shares(len(prompts), args.batch, rank, world))
-    adapter = source.adapter
-    conds = [adapter.encode_prompts([prompts[i] for i in part.tolist()]).to("cpu") for part in mine]
-    if args.guidance != 1 and source.student is None:
-        adapter.uncond(1)  # needs the encoders, which make room for the network
-    adapter.free_text()
-    net = source.network() if mine else None
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for part, cond in _shown(list(zip(mine, conds, strict=True)), rank):
-        assert net is not None
-        pictures = to_uint8(source.pictures(net, cond.to(adapter.device), part)).cpu()
-        for i, picture in zip(part.tolist(), pictures, strict=True):
-            scale = max(1, 128 // picture.shape[2])  # a picture of 32 pixels is hard to see
-            big = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-            save_png(big, files[i], {k: v for k, v in rows[i].items() if k != "file"})
+        write_rows(out / "samples.jsonl", rows)
+    for _ in make_pictures(source, prompts, files, rows, rank, world):
+        pass
     if write_sheet(files, out):
         where = f", the first {SHEET} of them" if len(files) > SHEET else ", all of them"
         print(f"{len(files)} pictures in {out}{where} on {out / 'sheet.png'}; what they are: {out / 'samples.jsonl'}")

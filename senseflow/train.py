@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import senseflow_kernels
-from senseflow import checkpoint, dist, planning
+from senseflow import checkpoint, dist, fitting, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
@@ -141,15 +141,15 @@ def plan(cfg: Config, ranks: int = 1) -> int:
     Returns the exit status: 1 where nothing fits."""
     planner = planning.Planner(cfg, planning.target_of(cfg, ranks), iterate, build_discriminator)
     first = planner.plan(cfg)
-    print_table(*planning.report(first))
+    print_table(*fitting.report(first))
     if first.fits:
         return 0
-    found = planning.smallest(planner, cfg)
+    found = fitting.smallest(planner, cfg)
     if found is None:
         print("It does not fit, with no set of switches: more devices, a smaller data.batch, or --model.variant lora")
         return 1
-    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {planning.flags(found[0])}\n")
-    print_table(*planning.report(found[1]))
+    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {fitting.flags(found[0])}\n")
+    print_table(*fitting.report(found[1]))
     return 0
 
 
@@ -327,9 +327,10 @@ def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: P
         columns, rows = evaluator.table(net, parts.anchors, last)
     if not parts.world.main:
         return
-    print_table("lower KID and FD are better", columns, rows)
-    results = [dict(zip(columns, row, strict=True)) for row in rows]
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if rows:  # none for a teacher that the score networks do not know
+        print_table("lower KID and FD are better", columns, rows)
+        results = [dict(zip(columns, row, strict=True)) for row in rows]
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     log.say(
         f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
         f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
@@ -341,6 +342,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
         return train(args)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"senseflow.train: {str(error).partition('. ')[0]}: --dry-run prints what holds the memory, and the flags "
+            "with which it fits", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (UserError, senseflow_kernels.Unavailable) as error:
         print(f"senseflow.train: {error}", file=sys.stderr)
         return 2

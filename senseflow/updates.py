@@ -79,6 +79,7 @@ class Updates:
             self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
         self.one_pass = cfg.optim.name == "senseflow"
         self.keep_grads = False  # zeroed where they are instead of freed: CUDA graphs need them there
+        self.loads = 0  # of checkpoints, after which states have other memory
         self.rates: dict[str, Tensor] = {}  # learning rates on the device, which CUDA graphs read there
         self.optimizers: dict[str, Any] = {}
         for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
@@ -206,7 +207,7 @@ class Updates:
         for name in names:
             optimizer, params, limit = self.optimizers[name], self.params[name], self.cfg.train.clip
             phase = "clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"
-            self.parts.moves(phase, bytes_moved(optimizer, params, self.has_ida, self.ema, name))
+            self.parts.moves(phase, partial(bytes_moved, optimizer, params, self.has_ida, self.ema, name))
             with self.parts.phase(phase):
                 norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit, self._across(name))
                 finite = torch.isfinite(loss) & torch.isfinite(norm)
@@ -267,6 +268,7 @@ class Updates:
 
     def load(self, state: dict[str, Any]) -> None:
         self.ready()
+        self.loads += 1
         self.rate = state.get("rate", 1.0)
         load_trained_state(self.parts.student, state["student"])
         load_trained_state(self.parts.fake, state["fake"])

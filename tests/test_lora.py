@@ -329,6 +329,6 @@ def test_what_is_refused(folders, monkeypatch):
 
 def test_the_plan_counts_the_base_once(folders, capsys):
     assert main(["sd35-medium", "--teacher", str(folders["sd35-medium"]), *SMALL, "--dry-run"]) == 0
-    rows = {line.split("│")[1].strip(): float(line.split("│")[2]) for line in capsys.readouterr().out.splitlines()
-            if line.count("│") == 4 and any(n in line for n in ("teacher", "student", "fake"))}  # fmt: skip
-    assert rows["teacher"] > rows["student"] > rows["fake"] > 0  # the student's row has A
+    rows = {cells[1].strip(): float(cells[3]) for line in capsys.readouterr().out.splitlines()
+            if "weights, float32" in line and (cells := line.split("│"))}  # fmt: skip
+    assert rows["teacher"] > rows["student"] >= rows["fake"] > 0  # the student's row has A

@@ -1,0 +1,1 @@
+"""The ablation's rows, statistics and report; its command is senseflow/ablate.py."""

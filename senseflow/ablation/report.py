@@ -1,0 +1,145 @@
+"""The ablation's report from its records alone: report.html, a PNG and a Markdown table a group."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from senseflow.ablation.rows import BASES, GROUPS
+from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
+
+SCORES = [
+    ("eval/kid_raw", "KID x1000", 1),
+    ("eval/kid", "dithered KID x1000", 1),
+    ("eval/fd", "FD", 1),
+    ("eval/r1", "text R@1", 3),
+    ("eval/cosine", "cosine", 3),
+]
+PANELS = [
+    ("eval/kid", "dithered KID x1000"),
+    ("fake_real_gap", "fake-real gap"),
+    ("ida_drift", "|phi - theta| / |theta|"),
+]
+TESTED = "eval/kid"
+NOTE = (
+    "Mean over seeds, with the 95 % confidence interval of the mean (Student's t). Difference: row minus base over "
+    "common seeds, which share data order and noises; two-sided paired t-test, p after Holm's correction over the "
+    "group's rows. A row that diverged counts with its last score. The embedded teacher is small and memorises its few "
+    "hundred pictures: this shows how the terms act on one small problem, not that they do so at the paper's scale."
+)
+HEAD = """<!doctype html><meta charset='utf-8'><title>senseflow: ablation</title>
+<style>body{font:14px sans-serif;margin:2em} td,th{padding:2px 8px;text-align:right} img{max-width:100%}
+td:first-child,th:first-child{text-align:left} table{border-collapse:collapse} tr{border-top:1px solid #ddd}</style>
+<h1>Ablation on the embedded teacher</h1>"""
+Records = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> record
+
+
+def read_records(folder: Path) -> Records:
+    """All records under folder/runs."""
+    found: Records = {}
+    for file in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(file.read_text())
+        found.setdefault(record["row"], {})[record["seed"]] = record
+    return found
+
+
+def shown(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
+
+
+def interval(values: list[float], digits: int) -> str:
+    mean, half = mean_and_half_width(values)
+    return shown(mean, digits) + (f" +- {shown(half, digits)}" if math.isfinite(half) else "")
+
+
+def differences(group: str, records: Records, score: str = TESTED) -> dict[str, Difference | None]:
+    """Row -> its difference to the group's base in one score at the end, Holm-corrected."""
+
+    def finals(row: str) -> dict[int, float]:
+        return {s: r["final"][score] for s, r in records.get(row, {}).items() if score in r["final"]}
+
+    base = BASES[group]
+    return holm({row.name: paired(finals(row.name), finals(base)) for row in GROUPS[group] if row.name != base})
+
+
+def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of a group; rows without a record yet have no cells."""
+    title = dict((name, text) for name, text, _ in SCORES)[TESTED]
+    columns = ["row", "seeds", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
+               f"{title} minus {BASES[group]}", "p (Holm)"]  # fmt: skip
+    apart, rows = differences(group, records), []
+    for row in GROUPS[group]:
+        runs = list(records.get(row.name, {}).values())
+        if not runs:
+            rows.append([row.title, "0", *["-"] * (len(columns) - 2)])
+            continue
+        ends = [([r["final"][k] for r in runs if k in r["final"]], digits) for k, _, digits in SCORES]
+        cells = [interval(values, digits) if values else "-" for values, digits in ends]
+        cells.append(interval([r["best"][TESTED] for r in runs if TESTED in r["best"]], 1))
+        for name in ("fake_real_gap", "ida_drift"):
+            values = [late(r["curves"][name]) for r in runs if name in r["curves"]]
+            cells.append(interval(values, 3) if values else "-")
+        d = apart.get(row.name)
+        gap = "-" if d is None else shown(d.mean, 1) + (f" +- {shown(d.half, 1)}" if math.isfinite(d.half) else "")
+        p = "-" if d is None or d.adjusted is None else f"{d.adjusted:.2g}" + (" *" if d.significant else "")
+        diverged = sum(r["status"] != "done" for r in runs)
+        seeds = str(len(runs)) + (f", {diverged} diverged" if diverged else "")
+        rows.append([row.title, seeds, *cells, gap, p])
+    return columns, rows
+
+
+def late(points: list[list[float]]) -> float:
+    """Mean of a curve's last quarter: single iterations of a small batch say little."""
+    tail = points[-max(len(points) // 4, 1) :]
+    return math.fsum(v for _, v in tail) / len(tail)
+
+
+def band(runs: list[dict[str, Any]], name: str) -> tuple[list[float], list[float], list[float]]:
+    """(student updates, mean, half width) over seeds, at the points that all runs have."""
+    curves = [dict(map(tuple, r["curves"].get(name, []))) for r in runs]
+    common = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    pairs = [mean_and_half_width([c[x] for c in curves]) for x in common]
+    return common, [m for m, _ in pairs], [h if math.isfinite(h) else 0.0 for _, h in pairs]
+
+
+def draw(group: str, records: Records, file: Path) -> None:
+    """The curves of a group: score, fake-real gap, drift over student updates, bands over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    for k, (name, label) in enumerate(PANELS):
+        axes = figure.add_subplot(1, len(PANELS), k + 1, xlabel="student updates", ylabel=label, title=group)
+        for row in GROUPS[group]:
+            runs = list(records.get(row.name, {}).values())
+            x, mean, half = band(runs, name)
+            if x:
+                low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+                (line,) = axes.plot(x, mean, label=row.title, linewidth=1.5)
+                axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if k == 0:
+            axes.legend(fontsize=7)
+    figure.savefig(file, dpi=100)
+
+
+def write_report(folder: Path, groups: list[str]) -> Path:
+    """FOLDER/report.html with GROUP.png and GROUP.md of each group. Returns the HTML file."""
+    records = read_records(folder)
+    parts = [HEAD, f"<p>{html.escape(NOTE)}</p>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for group in groups:
+        columns, rows = table(group, records)
+        draw(group, records, folder / f"{group}.png")
+        lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]
+        (folder / f"{group}.md").write_text("\n".join(lines) + "\n")
+        cells = [f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"
+                 for tag, r in [("th", columns), *(("td", r) for r in rows)]]  # fmt: skip
+        image = base64.b64encode((folder / f"{group}.png").read_bytes()).decode()
+        parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", f"<table>{''.join(cells)}</table>",
+                  f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>"]  # fmt: skip
+    file = folder / "report.html"
+    file.write_text("\n".join(parts) + "\n")
+    return file

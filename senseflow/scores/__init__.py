@@ -1,0 +1,1 @@
+"""Scores of pictures as the field measures them: one file per family of metrics, found by name in registry.py."""

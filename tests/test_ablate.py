@@ -1,0 +1,141 @@
+"""The ablation: statistics against scipy, rows, one toy run of the core rows end to end, resumable, its report."""
+
+import json
+import signal
+
+import pytest
+import torch
+from scipy import stats as scipy_stats
+from tiny_pipelines import embedded_teacher, few_pictures
+
+from senseflow import ablate
+from senseflow.ablation.report import band, differences, read_records, table, write_report
+from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
+from senseflow.ablation.stats import holm, mean_and_half_width, paired
+from senseflow.cli import parse
+from senseflow.config import UserError
+
+
+def test_interval_and_paired_test_are_scipys():
+    values = [3.0, 5.0, 4.5, 9.0]
+    mean, half = mean_and_half_width(values)
+    low, high = scipy_stats.t.interval(0.95, 3, loc=mean, scale=scipy_stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-12)
+    row, base = {0: 1.0, 1: 2.5, 2: 2.0, 7: 9.0}, {0: 2.0, 1: 3.0, 2: 4.0, 5: 0.0}
+    d = paired(row, base)
+    assert d is not None and d.seeds == 3 and d.mean == pytest.approx((-1 - 0.5 - 2) / 3)
+    assert d.p == pytest.approx(scipy_stats.ttest_rel([1.0, 2.5, 2.0], [2.0, 3.0, 4.0]).pvalue, rel=1e-10)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    single = paired({0: 1.0}, {0: 3.0})
+    assert single is not None and single.p is None and single.mean == -2
+
+
+def test_holm_by_hand():
+    """p = .01, .02, .04 of three rows: .03, .04, .04; never falling, at most 1."""
+    made = {n: paired({0: 0.0, 1: 1.0}, {0: 1.0, 1: 3.0}) for n in "abcd"}
+    given = {
+        n: type(d)(d.mean, d.half, d.seeds, p) for (n, d), p in zip(made.items(), (0.02, 0.01, 0.04, None), strict=True)
+    }
+    found = holm({**given, "e": None})
+    assert [found[n].adjusted for n in "bac"] == pytest.approx([0.03, 0.04, 0.04])
+    assert found["d"].adjusted is None and not found["d"].significant and found["e"] is None
+    assert found["b"].significant
+
+
+def test_every_row_is_a_valid_run_of_as_many_student_updates():
+    for group, rows in GROUPS.items():
+        assert BASES[group] in [row.name for row in rows]
+        for row in rows:
+            train = parse(command(row, 12, 4, []), "").config.train
+            assert (train.iterations - train.fake_warmup) / train.gen_every == 12
+    core = {row.name: parse(list(row.flags), "").config for row in GROUPS["core"]}
+    seen = [(c.ida.lam < 1, c.isg.weight > 0, c.disc.kind) for c in core.values()]
+    assert seen == [(False, False, "fake_features"), (True, False, "fake_features"), (True, True, "fake_features"),
+                    (True, True, "vfm"), (False, True, "vfm")]  # fmt: skip
+    assert [parse(list(r.flags), "").config.train.gen_every for r in GROUPS["ttur"][1:]] == [5, 10, 20]
+    names = [row.name for row in rows_of(list(GROUPS))]
+    assert len(names) == len(set(names))
+    with pytest.raises(UserError, match="unknown group 'cores', did you mean 'core'"):
+        rows_of(["cores"])
+
+
+def made_record(row, seed, kid, status="done"):
+    curves = {"eval/kid": [[0, 50.0], [4, kid]], "fake_real_gap": [[1, 1.0], [2, 2.0], [3, 3.0], [4, 4.0]]}
+    return dict(row=row, seed=seed, status=status, final={"eval/kid": kid}, best={"eval/kid": kid}, curves=curves)
+
+
+def test_table_and_bands_from_records(tmp_path):
+    (tmp_path / "runs").mkdir()
+    scores = {"dmd2": [30.0, 34.0, 35.0], "full": [10.0, 13.0, 16.0], "full-no-ida": [12.0]}
+    for row, values in scores.items():
+        for seed, kid in enumerate(values):
+            status = "diverged: x" if (row, seed) == ("dmd2", 1) else "done"
+            (tmp_path / "runs" / f"{row}-{seed}.json").write_text(json.dumps(made_record(row, seed, kid, status)))
+    records = read_records(tmp_path)
+    columns, rows = table("core", records)
+    by_title = {r[0]: dict(zip(columns, r, strict=True)) for r in rows}
+    assert by_title["DMD2"]["seeds"] == "3, 1 diverged"
+    assert by_title["DMD2"]["dithered KID x1000 minus full"].startswith("20.0 +- ")
+    assert by_title["full without IDA"]["dithered KID x1000 minus full"] == "2.0"  # one seed: no interval, no p
+    assert by_title["DMD2 +IDA"]["dithered KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
+    expected = scipy_stats.ttest_rel(scores["dmd2"], scores["full"]).pvalue  # the only p: Holm leaves it
+    assert differences("core", records)["dmd2"].adjusted == pytest.approx(expected)
+    x, mean, half = band(list(records["full"].values()), "eval/kid")
+    assert (x, mean) == ([0, 4], [50.0, 13.0]) and half[0] == 0
+    assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
+    page = write_report(tmp_path, ["core"]).read_text()
+    assert "20.0 +- " in page and "data:image/png;base64," in page and (tmp_path / "core.png").stat().st_size > 5000
+
+
+TOY = ["eval.prompts=4", "eval.teacher_steps=1", "eval.grid=2", "data.batch=2", "log.every=1", "log.progress=false",
+       "disc.taps=2", "disc.width=8", "disc.size=28", "train.gen_every=2"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_core_rows_on_a_toy_budget(tmp_path, monkeypatch, capsys):
+    """Every row of the core trains; Ctrl-C in one goes on at the same bits; nothing is made twice; the report is
+    whole."""
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("senseflow.train.load_variants", lambda canvas: few_pictures(canvas))
+    teacher = embedded_teacher(tmp_path / "teacher")
+    argv = ["core", "--seeds", "0", "--updates", "2", "--evaluations", "2", "--out", str(tmp_path / "out"),
+            "--records", str(tmp_path / "records"), "--set", f"model.teacher={teacher}", *TOY]  # fmt: skip
+    real, runs = ablate.train, []
+
+    def stopped_once(args):
+        runs.append(args)
+        if len(runs) != 2:
+            return real(args)
+        from senseflow import train as module
+
+        with monkeypatch.context() as patch:
+            iterate = module.iterate
+
+            def interrupted(cfg, parts, updates, batch, iteration):
+                if iteration == 2:
+                    signal.raise_signal(signal.SIGINT)
+                return iterate(cfg, parts, updates, batch, iteration)
+
+            patch.setattr(module, "iterate", interrupted)
+            return real(args)
+
+    parser = ablate.build_parser()
+    assert ablate.run_all(parser.parse_args(argv), stopped_once) == 130 and len(runs) == 2
+    assert ablate.main(argv) == 0
+    assert "5 runs, 1 of them done already" in capsys.readouterr().out
+    records = read_records(tmp_path / "records")
+    assert {row: sorted(seeds) for row, seeds in records.items()} == {row.name: [0] for row in GROUPS["core"]}
+    assert all(r["status"] == "done" for seeds in records.values() for r in seeds.values())
+    points = records["full"][0]["curves"]
+    assert [x for x, _ in points["eval/kid"]] == [0.0, 1.0, 2.0] and len(points["ida_drift"]) == 4
+    fresh = parser.parse_args([*argv[: argv.index("--out")], "--out", str(tmp_path / "again"), "--records",
+                               str(tmp_path / "again"), *argv[argv.index("--set"):]])  # fmt: skip
+    row = rows_of(["core"])[1]  # the one that was stopped: the same curves without a stop
+    assert ablate.one_run(row, 0, ablate.settings_of(row, 0, fresh), fresh, real)
+    assert read_records(tmp_path / "again")[row.name][0]["curves"] == records[row.name][0]["curves"]
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "records" / "runs").iterdir()}
+    assert ablate.main(argv) == 0 and before == {f: f.stat().st_mtime_ns for f in before}
+    assert "5 runs, 5 of them done already" in capsys.readouterr().out
+    assert ablate.main([*argv, "isg.margin=20"]) == 2
+    assert "is of other settings (isg)" in capsys.readouterr().err
+    assert torch.isfinite(torch.tensor(records["dmd2"][0]["final"]["eval/kid"]))
