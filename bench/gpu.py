@@ -1,7 +1,7 @@
 """All that needs a GPU, part by part, and one short table: `python -m bench.gpu [--out FOLDER] [PART ...]`, `make gpu`.
 
 A part that fails or outlasts its time does not stop the rest: it is interrupted, and what it measured so far is kept.
-In FOLDER (runs/gpu): a log a part, `table.md`, and `all.tar.gz` of these and the result file, which goes to
+In FOLDER (runs/gpu): a log a part, `table.md`, and `all.tar.gz` of these and the result files, which go to
 bench/results/ too. Packages that a machine lacks are taken from `site/`, where `make gpu-pack` puts some. --collect,
 which needs no GPU, only imports and lists what each part would run.
 """
@@ -64,6 +64,7 @@ def parts() -> dict[str, Part]:
             Part(f"bench {name}", [sys.executable, "-m", f"bench.{name}"], 8)
             for name in ("step", "data", "memory") if (ROOT / f"bench/{name}.py").exists()
         ),
+        *(Part(f"real {preset}", [sys.executable, "-m", "bench.real", preset], 9) for preset in REAL),
         *(
             Part(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "9", *pytest, *checked, "-k", BRIEF], 9)
             for tool in ("memcheck", "racecheck", "synccheck")
@@ -84,6 +85,7 @@ def collecting(part: Part) -> Part:
     return part._replace(command=[c for c in command if c not in ("-n", "4", "--dist", "loadfile")])
 
 
+REAL = ("sd35-medium", "sd35-large")  # trained at true size, where they fit
 BENCHES = {"score": 8, "hinge": 6, "lerp": 6, "adamw": 6, "qk_norm_rope": 6, "attention": 5, "mmdit": 9, "modulate": 9}
 
 
@@ -167,6 +169,16 @@ def gathered(results: Path) -> tuple[list[list[str]], Path | None]:
     return verdicts(whole), path
 
 
+def real_files(results: Path) -> list[Path]:
+    """The files of bench.real, each copied to bench/results/DEVICE/real/."""
+    copies = []
+    for file in sorted(results.glob("*/real/*.json")):
+        target = ROOT / "bench" / "results" / file.relative_to(results)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copies.append(Path(shutil.copy(file, target)))
+    return copies
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 where every part passed; 1 where one did not; 2 without a GPU or for a part that is not known."""
     known = parts()
@@ -203,13 +215,14 @@ def summary(device: str, done: Sequence[Outcome], out: Path) -> str:
         targets, path = gathered(out / "results")
     except BadResult as why:
         targets, path = [[str(why), "", "fail"]], None
+    real = real_files(out / "results")
     rows = [[o.part, o.verdict, o.counts, f"{o.seconds:.0f}"] for o in done]
     text = f"\n{device}\n\n" + table(["part", "", "", "s"], rows)
     if targets:
         text += "\n\n" + table(["target", "measured", "verdict"], targets)
     (out / "table.md").write_text(text + "\n")
     with tarfile.open(out / "all.tar.gz", "w:gz") as tar:
-        for file in [*sorted(out.glob("*.log")), out / "table.md", *([path] if path else [])]:
+        for file in [*sorted(out.glob("*.log")), out / "table.md", *([path] if path else []), *real]:
             tar.add(file, file.name)
     return text
 

@@ -2,9 +2,9 @@
 
 The trainer's own `build` and `iterate`. What it would read is made on the device instead: networks of the public
 checkpoints' configs (models/public.py), a DINOv2 ViT-L/14, pictures, latents and prompt embeddings. So nothing is
-downloaded, and times and memory are those of a training from caches; the losses mean nothing. Prints ms per phase and
-peak GB, and writes bench/results/DEVICE/real/DATE-COMMIT-PRESET.json. Where the preset does not fit, leaner settings
-(RUNGS) are tried, and named.
+downloaded, and times and memory are those of a training from caches; the losses mean nothing. Prints ms per phase (so
+without CUDA graphs, as --profile) and peak GB, and writes bench/results/DEVICE/real/DATE-COMMIT-PRESET.json. Where the
+preset does not fit, leaner settings (RUNGS) are tried, and named.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from bench import harness
 from senseflow import train
 from senseflow.cli import parse
+from senseflow.compiling import compile_parts
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.logs import print_table
@@ -42,9 +44,10 @@ MODULES = {
     "sd35": (sd3, sd3.SD3Adapter), "flux": (flux, flux.FluxAdapter), "sdxl": (sdxl, sdxl.SDXLAdapter),
     "flux2": (flux2, flux2.Flux2Adapter),
 }  # fmt: skip
-# The preset as it is, then with less beside each weight: docs/precision.md, Memory.
-LEAN = ("--train.moments", "8bit", "--optim.in_backward", "true")
-RUNGS: tuple[tuple[str, ...], ...] = ((), LEAN, (*LEAN, "--train.precision", "stochastic"))
+# The preset as it is, then with fewer activations, then with less beside each weight: docs/precision.md, Memory.
+RECOMPUTED = ("--model.checkpointing", "full", "--disc.checkpointing", "true")
+LEAN = (*RECOMPUTED, "--train.moments", "8bit", "--optim.in_backward", "true")
+RUNGS: tuple[tuple[str, ...], ...] = ((), RECOMPUTED, LEAN, (*LEAN, "--train.precision", "stochastic"))
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,6 @@ def random_network(cls: Any, config: dict[str, Any], dtype: torch.dtype, device:
     return (net.float() if dtype == torch.float32 else net.bfloat16()).eval().requires_grad_(False)
 
 
-def text_shape(family: str, config: dict[str, Any], length: int) -> tuple[int, int, int]:
-    """(tokens, their width, width of the pooled vector) of an encoded prompt."""
-    if family == "sdxl":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return 77, config["cross_attention_dim"], pooled
-    width = config["joint_attention_dim"]
-    if family == "flux2":
-        return length, width, width
-    return length + 77 * (family == "sd35"), width, config["pooled_projection_dim"]
-
-
 class RandomData:
     """Batches as a cache gives them: latents, pixels and encoded prompts, all random, on the device."""
 
@@ -121,7 +113,7 @@ def made_not_read(cfg: Config, sizes: Sizes, device: torch.device) -> Iterator[N
         return random_network(cls, configs[subfolder], dtype, where)
 
     def encode(self: Any, prompts: Sequence[str]) -> Condition:
-        shape = text_shape(cfg.model.family, sizes.network, getattr(self, "text_length", 77))
+        shape = self.text_shape(SimpleNamespace(config=SimpleNamespace(**sizes.network)))
         if hasattr(self, "_widths"):
             self._widths = shape
         like = dict(dtype=self.dtype, device=device)
@@ -151,6 +143,7 @@ def run(cfg: Config, sizes: Sizes, iterations: int, device: torch.device) -> dic
     with made_not_read(cfg, sizes, device):
         parts, data = train.build(cfg, device)
         updates = Updates(cfg, parts)
+        compile_parts(parts, cfg)
         profiler = Profiler(False, Path(), 2 * iterations, iterations)  # its first half is timed, nothing is traced
         phased(parts, profiler)
         built = time.monotonic() - start

@@ -39,6 +39,7 @@ from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_va
 from senseflow.models.lite0 import load_lite0
 from senseflow.presets import tiny
 from senseflow.sample import load_student, picture_grid, student_samples, teacher_samples
+from senseflow.student import find_student
 
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
 PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
@@ -356,6 +357,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not args.student:
             raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
+        family = find_student(args.student).model.family
+        if family != "embedded":
+            raise UserError(
+                f"{args.student} is of family {family!r}, which the embedded table does not know: name prompts, by "
+                "--prompts-file, --data or --coco, for the other metrics"
+            )
         adapter, net, record = load_student(args.student)
         cfg = replace(cfg, {"model.steps": len(record["anchors"])})
         evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)

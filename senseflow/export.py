@@ -23,6 +23,7 @@ from torch import nn
 from senseflow import model_card, parity
 from senseflow.config import Config, UserError
 from senseflow.flow import FlowSchedule
+from senseflow.models.adapter import cast
 from senseflow.models.families import DTYPES
 from senseflow.models.loading import components, is_local, local_folder, quiet, read_config, variant_of
 from senseflow.models.lora import save_lora
@@ -120,7 +121,9 @@ def write_weights(target: str, student: Student, adapter: Any, teacher: str, dty
         save_lora(net, out / "pytorch_lora_weights.safetensors")
     elif target == "single-file":
         about = {k: student.record[k] for k in ("anchors", "shift", "shift_kind", "preset") if k in student.record}
-        save_single_file(out / model_card.SINGLE_FILE, student.model.family, net.state_dict(), about)
+        state = net.state_dict()
+        del net  # so that each tensor goes once it has been stacked
+        save_single_file(out / model_card.SINGLE_FILE, student.model.family, state, about)
     else:
         net.save_pretrained(out / adapter.network)
     if target == "pipeline":
@@ -130,6 +133,15 @@ def write_weights(target: str, student: Student, adapter: Any, teacher: str, dty
         adapter.vae.save_pretrained(out / "vae")
     make_scheduler(adapter.schedule).save_pretrained(out / "scheduler")
     (out / RECORD).write_text(json.dumps(student.record, indent=1) + "\n")
+
+
+def teacher_variant(teacher: str, target: str, network: str) -> str:
+    """What the card must ask for of a teacher that lacks plain weights of a part which the card's code reads."""
+    if target == "pipeline":
+        return ""  # its files have been copied as plain ones
+    read = [p for p in components(teacher) if p.startswith(("text_encoder", "vae")) or (p, target) == (network, "lora")]
+    folder = local_folder(teacher, ["model_index.json", *read])
+    return max((variant_of(folder / part) for part in read), default="")
 
 
 def make_card(args: argparse.Namespace, student: Student, adapter: Any, teacher: str, dtype: str) -> str:
@@ -144,7 +156,8 @@ def make_card(args: argparse.Namespace, student: Student, adapter: Any, teacher:
         family = model_card.family_of(model.family)
         guidance = student.record["lora"]["guidance"] if args.to == "lora" else None
         settings = model_card.call_settings(adapter, family, anchors, model.side, guidance)
-        blocks = model_card.pipeline_blocks(args.to, family, adapter, settings, where, args.prompts)
+        variant = teacher_variant(teacher, args.to, adapter.network)
+        blocks = model_card.pipeline_blocks(args.to, family, adapter, settings, where, args.prompts, variant)
     weights = {"": "weights as shipped", "ema": "EMA weights", "raw": "raw weights"}[student.weights]
     about = f"{weights} in `{student.path.name}`, stored in {dtype}"
     return model_card.render(args.to, student.record, model, teacher, about, blocks)
@@ -152,8 +165,7 @@ def make_card(args: argparse.Namespace, student: Student, adapter: Any, teacher:
 
 def _rounded(student: Student, adapter: Any, stored: torch.dtype, check: torch.dtype) -> nn.Module:
     """The run's own network through the rounding of the export, computing in `check`."""
-    net = student.network(adapter, stored)
-    return net if stored is check else net.to(check)
+    return cast(student.network(adapter, stored), check)
 
 
 def checked(

@@ -80,9 +80,10 @@ def call_settings(
     return settings
 
 
-def _setup(target: str, family: Family, network: str) -> list[str]:
-    """Lines that make `pipe` from what was exported."""
+def _setup(target: str, family: Family, network: str, variant: str) -> list[str]:
+    """Lines that make `pipe` from what was exported. variant: of the teacher's files that lack plain ones."""
     dtype = f"{dtype_argument()}=dtype"
+    teachers = f'variant="{variant}", {dtype}' if variant else dtype
     scheduler = 'scheduler = SCHEDULER.from_pretrained(folder, subfolder="scheduler")'
     extra = "".join(f", {k}={v!r}" for k, v in family.student.items())
     if target == "pipeline":
@@ -93,9 +94,9 @@ def _setup(target: str, family: Family, network: str) -> list[str]:
         f'    folder + "/{SINGLE_FILE}", config=teacher, subfolder="{network}"{extra}, {dtype}\n)',
     }
     if target == "lora":
-        pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, scheduler=scheduler, {dtype})"
+        pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, scheduler=scheduler, {teachers})"
         return [scheduler, pipe, "pipe.load_lora_weights(folder)", "pipe = pipe.to(device)"]
-    pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, {network}=network, scheduler=scheduler, {dtype})"
+    pipe = f"pipe = {family.pipeline}.from_pretrained(teacher, {network}=network, scheduler=scheduler, {teachers})"
     return [load[target], scheduler, pipe, "pipe = pipe.to(device)"]
 
 
@@ -125,10 +126,11 @@ def places(folder: str, teacher: str, dtype: str, device: str) -> str:
 
 
 def pipeline_blocks(
-    target: str, family: Family, adapter: Any, settings: dict[str, Any], where: str, prompts: Sequence[str]
-) -> tuple[str, str]:
+    target: str, family: Family, adapter: Any, settings: dict[str, Any], where: str, prompts: Sequence[str],
+    variant: str = "",
+) -> tuple[str, str]:  # fmt: skip
     """Two code blocks, re-noise and Euler: each ends in the call, `images = pipe(...).images`."""
-    setup = "\n".join(_setup(target, family, adapter.network))
+    setup = "\n".join(_setup(target, family, adapter.network, variant))
     used = [family.pipeline, *([family.network] if "network =" in setup else [])]
     if "SCHEDULER" in setup:
         used.append(scheduler_class(adapter.schedule))

@@ -8,7 +8,8 @@ from typing import Any
 
 from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
-REAL: Any = dict(side=1024, dtype="bf16", decode="bf16")  # 1024 px and bf16 arithmetic everywhere (paper.md 4)
+# 1024 px, bf16 arithmetic (paper.md 4). Decoding in bf16 is ours; in fp32, as released: --model.decode fp32
+REAL: Any = dict(side=1024, dtype="bf16", decode="bf16")
 # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5); the paper's ablation prefers ViT-B for FID:
 # --disc.backbone facebook/dinov2-base --disc.taps=-1,2,5,8,10,11
 VIT_L = "facebook/dinov2-large"
@@ -38,7 +39,7 @@ def _released(name: str, **parts) -> Config:
     """What the four released trainers share; the rest of Train's and Fake's values are the defaults of config.py.
 
     Batch 8 on 8 GPUs, AdamW .9/.999, eps 1e-8, no weight decay (paper.md 4); clip 1, no student EMA, a coin of
-    one half (paper.md 2); DMD weight 1, t in U(.02, .98), no eps in the normaliser (paper.md 1.1); Charbonnier,
+    one half (paper.md 2); DMD weight 1, no eps in the normaliser (paper.md 1.1); Charbonnier,
     uniform t_mid (paper.md 1.4); omega on D too (paper.md 1.6). Ours, not stated there: how often a run saves and
     evaluates, and on how many prompts; bf16 weights kept exactly, in two halves.
 
@@ -133,7 +134,7 @@ def sdxl() -> Config:
         "sdxl",
         model=Model(family="sdxl", shift=1.0, **REAL),
         train=_train(18_000, 5, 1e-6),
-        dmd=Dmd(t_law="uniform", guidance_min=8.0, guidance_max=8.0),
+        dmd=Dmd(t_law="uniform", t_max=0.981, guidance_min=8.0, guidance_max=8.0),  # indices 20 to 980
         fake=Fake(t_law="uniform", t_shift=True),
         isg=Isg(weight=0.2, margin=20, guidance_min=3.0, guidance_max=15.0),
         ida=Ida(lam=1.0),

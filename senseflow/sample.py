@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
 from senseflow.config import Config, UserError
+from senseflow.data.cache import is_cache
 from senseflow.data.emoji import default_names, to_float, to_uint8
+from senseflow.data.samples import BadSample
+from senseflow.data.sources import open_source
 from senseflow.draws import Draws
 from senseflow.flow import DiffusionSchedule
 from senseflow.models.adapter import Adapter, Condition
@@ -134,10 +137,19 @@ def read_png(path: Path) -> Tensor:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """From exactly one of the command line, a file with one prompt a line, and the embedded data set."""
-    given = [args.prompts is not None, args.prompts_file is not None, args.embedded]
+    """From exactly one of the command line, a file with one prompt a line, a data set, and the embedded one; the first
+    --limit of them."""
+    given = [args.prompts is not None, args.prompts_file is not None, args.data is not None, args.embedded]
     if sum(given) != 1:
-        raise UserError("prompts come from one of --prompts, --prompts-file and --embedded")
+        raise UserError("prompts come from one of --prompts, --prompts-file, --data and --embedded")
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: allowed is 0 or more")
+    return _all_prompts(args)[: args.limit or None]
+
+
+def _all_prompts(args: argparse.Namespace) -> list[str]:
+    if args.data is not None:
+        return data_prompts(args.data, args.limit)
     if args.prompts_file is not None:
         try:
             lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
@@ -148,6 +160,27 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--prompts-file {args.prompts_file} holds no prompt: one a line")
         return prompts
     return default_names() if args.embedded else args.prompts
+
+
+def data_prompts(path: str, limit: int) -> list[str]:
+    """The first caption of each item of a data set, in its order, up to `limit` (0: all); what is unusable is left
+    out, and said. Raises UserError for a path that senseflow.train would refuse, or one without captions."""
+    if is_cache(path):
+        raise UserError(f"--data {path} is a cache, which holds no captions: give what it was made of")
+    source, prompts, bad = open_source(path), [], 0
+    for item in range(len(source)):
+        if len(prompts) == limit > 0:
+            break
+        try:
+            prompts.append(source.read(item, 1).captions[0])  # of a picture its first byte
+        except BadSample:
+            bad += 1
+    bad += len(source.dropped)
+    if not prompts:
+        raise UserError(f"--data {path} holds no caption that can be used")
+    if bad:
+        print(f"{path}: {bad} items without a usable caption left out", file=sys.stderr)
+    return prompts
 
 
 class Source:
@@ -206,7 +239,7 @@ class Source:
 
 def teacher_preset(source: str) -> Config:
     """The preset of a teacher's family, found by the class its model_index.json names. Raises UserError for others."""
-    if source == "embedded" or (is_local(source) and not (Path(source) / "model_index.json").is_file()):
+    if source == "embedded" or (is_local(source) and not (Path(source).expanduser() / "model_index.json").is_file()):
         return PRESETS["tiny"]()  # its folder has no pipeline; a missing or wrong one is named when it loads
     file = local_folder(source, ["model_index.json"]) / "model_index.json"
     name = read_config(file).get("_class_name", "")
@@ -240,6 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=("ema", "raw"), default="", help="of a run's newest checkpoint; default: as shipped")
     add("--prompts", nargs="+", help="one picture each")
     add("--prompts-file", type=Path, help="one prompt a line")
+    add("--data", help="captions of a data set: whatever senseflow.train --data takes, but for a cache")
+    add("--limit", type=int, default=0, help="the first so many prompts; 0: all")
     add("--embedded", action="store_true", help="the captions of the embedded data set")
     add("--images", type=int, default=1, help="pictures of each prompt")
     add("--steps", type=int, help="student: 1 to 8, default as trained; teacher: default its preset's")

@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--real", type=Path, help="folder of real pictures; with --coco: COCO's")
     add("--prompts", nargs="+", help="one picture each, or --images")
     add("--prompts-file", type=Path, help="one prompt a line")
+    add("--data", help="captions of a data set: whatever senseflow.train --data takes, but for a cache")
     add("--embedded", action="store_true", help="the captions of the embedded data set")
     add("--coco", type=Path, help="COCO folder (val2017/, annotations/): its pictures' captions of best CLIP score")
     add("--limit", type=int, default=0, help="the first so many prompts; 0: all")
@@ -119,6 +120,7 @@ class Run:
     def net(self, extractor: str) -> Any:
         """The loaded extractor, one at a time: they are large. Raises UserError where its weights are missing."""
         if extractor not in self.nets:
+            self.nets.clear()
             self.nets = {extractor: EXTRACTORS[extractor](self.given, self.device)}
             self.abouts[extractor] = self.nets[extractor].about
         return self.nets[extractor]
@@ -132,18 +134,17 @@ def read_prompts(run: Run) -> list[str] | None:
     """The prompts of the flags, in order, before --images; None where no flag gives any."""
     args = run.args
     if args.coco is not None:
-        if args.prompts or args.prompts_file or args.embedded:
-            raise UserError("prompts come from one of --coco, --prompts, --prompts-file and --embedded")
+        if args.prompts or args.prompts_file or args.data or args.embedded:
+            raise UserError("prompts come from one of --coco, --prompts, --prompts-file, --data and --embedded")
         files, prompts = coco.best_captions(
             args.coco, run.net("clip"), run.out, args.limit,
             lambda k, n: run.say(f"captions of {k} of {n} pictures chosen") if k % 500 == 0 else None,
         )  # fmt: skip
         run.real = PictureSet("real", files, [])
         return prompts
-    if not (args.prompts or args.prompts_file or args.embedded):
+    if not (args.prompts or args.prompts_file or args.data or args.embedded):
         return None
-    prompts = sample.read_prompts(args)
-    return prompts[: args.limit or len(prompts)]
+    return sample.read_prompts(args)
 
 
 def sampler_args(run: Run, teacher: bool) -> argparse.Namespace:

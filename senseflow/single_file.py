@@ -195,9 +195,9 @@ LAYOUTS: dict[str, tuple[Callable[[Sequence[str]], list[Row]], str]] = {
 }  # fmt: skip
 
 
-def original_names(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A diffusers state dict under the family's original names. Values are the same, stacked where the original has
-    one tensor; a tensor that is not stacked is not copied.
+def original_names(family: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A diffusers state dict under the family's original names; `state` is empty then, so that no second copy of a
+    network is in memory. Values are the same, stacked where the original has one tensor.
 
     Raises UserError for a family without a layout, a tensor without a place, and a place without a tensor.
     """
@@ -212,15 +212,15 @@ def original_names(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
     assert len(used) == len(set(used))
     result = {}
     for original, names, swapped in rows:
-        parts = [state[name] for name in names]
+        parts = [state.pop(name) for name in names]
         if swapped:
             parts = list(reversed(parts[0].chunk(2)))
         result[prefix + original] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return result
 
 
-def save_single_file(file: Path, family: str, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Writes the network alone, under its original names; about: goes into the header as JSON."""
+def save_single_file(file: Path, family: str, state: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes the network alone, under its original names, and empties `state`; about: goes into the header as JSON."""
     from safetensors.torch import save_file
 
     tensors = {name: t.contiguous() for name, t in original_names(family, state).items()}

@@ -21,10 +21,11 @@ from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, midpoint
 from senseflow.algo.rollout import backward_simulation
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
+from senseflow.dist import World
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, constants, omega, prediction_to_x0
 from senseflow.models import vae as autoencoder
-from senseflow.models.adapter import Adapter, Condition
+from senseflow.models.adapter import Adapter, Condition, in_dtype
 from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
 
@@ -43,7 +44,9 @@ class Parts:
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
-    moves: Callable[[str, float], None] = lambda _name, _bytes: None  # what a phase reads and writes; the same
+    moves: Callable[[str, Callable[[], float]], None] = lambda _phase, _bytes: None  # bytes of a phase; the same
+    world: World = field(default_factory=World)
+    skeleton: nn.Module | None = None  # the student without numbers, where it is sharded: its form to save
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Step:
     x0: Tensor  # [B, C, H, W] what it means as x0
     silent: bool = False  # omega is 0 for every sample of the global batch: no adversarial term, as the host knows
     fake_taps: list[Tensor] | None = None  # backbone taps of x0, where the generator's step made them
+    reference: list[Tensor] | None = None  # backbone taps of r, where they are needed
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -232,6 +236,11 @@ def isg_loss(parts: Parts, cfg: Config, step: Step, uncond: Condition | None) ->
     )  # fmt: skip
 
 
+def d_dtype(cfg: Config, x: Tensor) -> AbstractContextManager[object]:
+    """Autocast, where model.dtype is bf16, of the backbone and D's heads, as released (paper.md 4); not of decoding."""
+    return in_dtype(x, torch.bfloat16 if cfg.model.dtype == "bf16" else torch.float32)
+
+
 def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: str | None):
     """Backbone taps of pixels; augmented by the numbers of `stream` (x), or as they are (r, stream None)."""
     assert parts.vfm is not None
@@ -239,7 +248,7 @@ def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: 
         rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
         pixels = diff_augment(pixels, rand)
     vfm: Any = parts.vfm
-    with parts.phase("VFM backbone"):
+    with parts.phase("VFM backbone"), d_dtype(cfg, pixels):
         return vfm.features(pixels, cfg.disc.taps, cfg.disc.size)
 
 
@@ -294,7 +303,7 @@ def adversarial_generator(parts: Parts, cfg: Config, step: Step, real_features) 
     pixels = parts.adapter.decode(step.x0)
     taps = vfm_features(parts, cfg, pixels, step, "augment.fake")
     step.fake_taps = [t.detach() for t in taps]  # D's own step looks at the same picture
-    with parts.phase("D heads"):
+    with parts.phase("D heads"), d_dtype(cfg, pixels):
         logits = parts.disc(taps, text_vector(parts.adapter, cfg.disc.text, step.batch.cond), real_features)
     return hinge_generator(logits, step_weight(parts, cfg, step))
 
@@ -313,7 +322,7 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
         f_fake = step.fake_taps or vfm_features(parts, cfg, parts.adapter.decode(x0), step, "augment.fake")
     text = text_vector(parts.adapter, cfg.disc.text, step.batch.cond)
     disc: Any = parts.disc
-    with parts.phase("D heads"):
+    with parts.phase("D heads"), d_dtype(cfg, x0):
         condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
         real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
     weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None

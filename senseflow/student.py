@@ -15,12 +15,15 @@ from torch import nn
 from senseflow import checkpoint
 from senseflow.config import Model, UserError, from_dict
 from senseflow.flow import DiffusionSchedule, FlowSchedule
+from senseflow.model_card import FAMILIES
 from senseflow.models import lora
+from senseflow.models.adapter import cast
 from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_vae, teacher_folder
 from senseflow.models.families import DTYPES, make_adapter
-from senseflow.models.loading import load_component, network_class
+from senseflow.models.loading import load_component, local_folder, network_class
 
 RECORD = "senseflow.json"
+SHIPPED = ("updates/student", "updates/ema")  # the tensors of a checkpoint that are read here
 Weights = Literal["", "ema", "raw"]  # "": what the run ships, the EMA where it keeps one
 
 
@@ -78,13 +81,13 @@ class Student:
         assert dtype is not None
         if self.state is not None and self.model.variant == "lora":
             net = lora.merged(self.lora_network(adapter, DTYPES[self.model.dtype]))
-            return net.to(dtype).to(device).eval().requires_grad_(False)
+            return cast(net, dtype).to(device).eval().requires_grad_(False)
         if self.state is not None:
-            net = _from_checkpoint(self.state, self.folder, adapter, self.weights)
-            return net.to(dtype).to(device).eval().requires_grad_(False)
+            net = _from_checkpoint(self.state, self.folder, adapter, self.model.family, self.weights)
+            return cast(net, dtype).to(device).eval().requires_grad_(False)
         assert self.folder is not None
         if self.model.family == "embedded":
-            return load_transformer(self.folder, device).to(dtype)
+            return cast(load_transformer(self.folder, device), dtype)
         return load_component(network_class(self.folder / adapter.network), self.folder, adapter.network, dtype, device)
 
     def lora_network(self, adapter: Any, dtype: torch.dtype) -> nn.Module:
@@ -95,7 +98,7 @@ class Student:
         path = self.state or newest_checkpoint(self.path) or newest_checkpoint(self.path.absolute().parent)
         if path is None:
             raise UserError(f"{self.path}: a LoRA is read from a run's checkpoints, and there are none")
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, *SHIPPED)
         cfg, updates = from_dict(state["config"]), state["updates"]
         if cfg.model.variant != "lora":
             raise UserError(f"{self.path} has no LoRA: it was trained with model.variant = {cfg.model.variant!r}")
@@ -120,16 +123,22 @@ def _put_ema(path: Path, named: list[tuple[str, nn.Parameter]], updates: dict[st
         p.data = s
 
 
-def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, weights: Weights) -> nn.Module:
-    """The student of a checkpoint, its tensors as saved."""
-    updates = checkpoint.load(path)["updates"]
-    if folder is not None:  # the structure alone, without the teacher's weights
-        cls = network_class(folder / adapter.network)
-        with torch.device("meta"):
-            net: Any = cls.from_config(cls.load_config(folder / adapter.network))
-    else:
-        net = adapter.student_of(adapter.load_network(torch.float32))
-    net.load_state_dict(updates["student"], assign=True)
+def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, family: str, weights: Weights) -> nn.Module:
+    """The student of a checkpoint, its tensors as saved. Its structure, without any weights, is that of `folder`, or
+    else of the teacher. Raises UserError where that is another."""
+    updates = checkpoint.load(path, *SHIPPED)["updates"]
+    changes: dict[str, Any] = {}
+    if folder is None:
+        folder = local_folder(getattr(adapter, "source", None) or adapter.folder, [adapter.network])
+        changes = FAMILIES[family].student if family in FAMILIES else {}
+    cls = network_class(folder / adapter.network)
+    with torch.device("meta"):
+        net: Any = cls.from_config({**cls.load_config(folder / adapter.network), **changes})
+    try:
+        net.load_state_dict(updates["student"], assign=True)
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} is no student of {folder}: {why}") from None
     _put_ema(path, list(net.named_parameters()), updates, weights)
     return net
 
@@ -140,7 +149,7 @@ def find_student(path: Path, weights: Weights = "") -> Student:
     weights "ema" or "raw" of a run means those of its newest checkpoint; "" its `student` folder.
     Raises UserError when there is none.
     """
-    if (path / checkpoint.STATE).is_file():
+    if checkpoint.is_checkpoint(path):
         return _of_checkpoint(path, weights)
     folder = path / "student" if (path / "student").is_dir() else path
     if weights:
@@ -150,6 +159,11 @@ def find_student(path: Path, weights: Weights = "") -> Student:
         return _of_checkpoint(step, weights)
     if not (folder / RECORD).is_file():
         raise UserError(f"{path} holds no student (no {RECORD}): give the folder of a run")
+    if not any((folder / name).is_dir() for name in ("transformer", "unet")):
+        raise UserError(
+            f"{path} holds no network in diffusers' layout (a LoRA, a single file?): give the run, or what "
+            "senseflow.export --to pipeline or transformer made"
+        )
     return Student(path, folder, None, _read(folder / RECORD))
 
 
@@ -158,7 +172,7 @@ def _of_checkpoint(path: Path, weights: Weights) -> Student:
     folder = path.absolute().parent.parent / "student"
     if (folder / RECORD).is_file():
         return Student(path, folder, path, _read(folder / RECORD), weights)
-    cfg = from_dict(checkpoint.load(path)["config"])
+    cfg = from_dict(checkpoint.load(path, "config")["config"])
     m = cfg.model
     schedule = DiffusionSchedule() if m.family == "sdxl" else FlowSchedule(m.shift, m.shift_kind)
     record = dict(

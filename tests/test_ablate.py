@@ -75,9 +75,9 @@ def test_table_and_bands_from_records(tmp_path):
     columns, rows = table("core", records)
     by_title = {r[0]: dict(zip(columns, r, strict=True)) for r in rows}
     assert by_title["DMD2"]["seeds"] == "3, 1 diverged"
-    assert by_title["DMD2"]["KID x1000 minus full"].startswith("20.0 +- ")
-    assert by_title["full without IDA"]["KID x1000 minus full"] == "2.0"  # one seed: no interval, no p
-    assert by_title["DMD2 +IDA"]["KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
+    assert by_title["DMD2"]["dithered KID x1000 minus full"].startswith("20.0 +- ")
+    assert by_title["full without IDA"]["dithered KID x1000 minus full"] == "2.0"  # one seed: no interval, no p
+    assert by_title["DMD2 +IDA"]["dithered KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
     expected = scipy_stats.ttest_rel(scores["dmd2"], scores["full"]).pvalue  # the only p: Holm leaves it
     assert differences("core", records)["dmd2"].adjusted == pytest.approx(expected)
     x, mean, half = band(list(records["full"].values()), "eval/kid")

@@ -322,6 +322,20 @@ def test_a_broken_folder_is_named(break_it, message, tmp_path):
         adapter.load_network(torch.float32)
 
 
+@pytest.mark.parametrize("family, side, message", [
+    ("sd3", 72, "model.side = 72: allowed is a multiple of 16"),
+    ("flux", 72, "model.side = 72: allowed is a multiple of 16"),
+    ("flux2", 72, "model.side = 72: allowed is a multiple of 16"),
+    ("sdxl", 60, "model.side = 60: allowed is a multiple of 8"),
+    ("sd3", 272, "model.side is out of range: .* allows up to 256 pixels"),  # a table of 16 x 16 patches
+])  # fmt: skip
+def test_a_side_that_does_not_fit(family, side, message, folders, monkeypatch):
+    """One line, not an error of a reshape, nor pictures of another size."""
+    monkeypatch.setitem(globals(), "SIDE", side)
+    with pytest.raises(UserError, match=message):
+        adapter_of(family, folders).load_network(torch.float32)
+
+
 def _edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

@@ -2,6 +2,7 @@
 fails where they would not be."""
 
 import json
+import shutil
 import sys
 from functools import wraps
 
@@ -224,6 +225,24 @@ def test_a_checkpoint_alone(tmp_path, capsys):
     assert "is no whole checkpoint: its checksum differs" in last_line(capsys)
 
 
+def test_a_checkpoint_alone_reads_no_weights_of_the_teacher(runs, tmp_path, monkeypatch, capsys):
+    """Its structure is the teacher's config: at true size the weights would be 64 GB in fp32, for nothing."""
+    teacher = runs("flux-dev")[0]
+    raw = make_run("flux-dev", teacher, tmp_path / "run", student=False)[1]
+    student = find_student(tmp_path / "run" / "checkpoints" / "step-00000007")
+    adapter = student.adapter()
+    monkeypatch.setattr(adapter, "load_network", None)
+    net = student.network(adapter)
+    assert not net.config.guidance_embeds
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), raw.parameters(), strict=True))
+    assert not any(t.is_meta for t in net.state_dict().values())
+    shutil.copytree(teacher, tmp_path / "other")
+    config = tmp_path / "other" / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 1}))
+    assert run_export(student.path, tmp_path / "out", "--teacher", str(tmp_path / "other")) == 2
+    assert "is no student of" in last_line(capsys)
+
+
 def test_stored_in_bf16(runs, tmp_path, capsys):
     """Half the bytes; the check in fp32 compares with the run's weights rounded alike, the one in bf16 is looser."""
     from safetensors.torch import load_file
@@ -254,6 +273,9 @@ def test_a_variant_of_the_teacher_becomes_plain(runs, tmp_path):
         assert run_export(run, tmp_path / "out", "--teacher", str(tmp_path / "teacher")) == 0
     files = {p.name for p in (tmp_path / "out").rglob("*.safetensors")}
     assert files == {"model.safetensors", "diffusion_pytorch_model.safetensors"}
+    teacher = ["--teacher", str(tmp_path / "teacher")]
+    assert run_export(run, tmp_path / "net", "--to", "transformer", *teacher) == 0  # its card reads the teacher's files
+    assert 'scheduler=scheduler, variant="fp16", ' in (tmp_path / "net" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("preset", [

@@ -63,6 +63,7 @@ def test_train_resume_sample(preset, folders, tmp_path, monkeypatch):
     assert len(rows) == 3 and all(row["student_skipped"] == 0 and row["fake"] > 0 for row in rows)
     assert "adv" in rows[0] and "isg" in rows[0] and rows[0]["dmd"] > 0
     assert len(list((whole / "grids").glob("*.png"))) == 2  # before and after
+    assert not (whole / "results.json").exists()  # nothing is scored, so no empty table
     for sampler in ("renoise", "euler"):
         assert sample_main(["--student", str(whole), "--prompts", "a red apple", "--sampler", sampler]) == 0
     assert (whole / "samples" / "sheet.png").is_file()

@@ -87,6 +87,17 @@ def test_results_of_the_parts_become_one_and_are_judged(run, tmp_path):
     assert "95%" in report.render(whole)
 
 
+def test_trainings_at_true_size_keep_their_files(run, tmp_path):
+    """Each of bench.real's beside the table of its phases: to bench/results/ and into the archive."""
+    at = tmp_path / "out" / "results" / "gpu" / "real"
+    write = f"mkdir -p {at} && echo '{{}}' > {at}/day-commit-sd35-medium.json"
+    code, out = run([Part("real", shell(f"{write} && echo sd35-medium: generator iteration 900 ms"), 1)])
+    assert code == 0 and "| real | ok | sd35-medium: generator iteration 900 ms |" in out
+    assert (tmp_path / "repo/bench/results/gpu/real/day-commit-sd35-medium.json").read_text() == "{}\n"
+    with tarfile.open(tmp_path / "out" / "all.tar.gz") as tar:
+        assert "day-commit-sd35-medium.json" in tar.getnames()
+
+
 @pytest.mark.parametrize("name", ["device", "commit", "torch", "triton"])
 def test_runs_that_differ_are_not_merged(name):
     one, two = result("cuda", ROWS), result("cuda", ROWS, **{name: "another"})
@@ -117,6 +128,7 @@ def test_every_test_file_of_the_ops_and_every_benchmark_has_a_part():
         name = str(file.relative_to(gpu.ROOT))
         assert name in named or name == "bench/test_csrc.py", name  # of a CPU
     assert [p.name for p in parts.values() if p.command[0] == gpu.SANITIZER] == ["memcheck", "racecheck", "synccheck"]
+    assert parts["real-sd35-large"].command[1:] == ["-m", "bench.real", "sd35-large"]
     score = gpu.collecting(parts["memcheck"]).command
     assert score[0] == sys.executable and score[-1] == "--collect-only"
 

@@ -7,12 +7,21 @@ import torch
 from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.cli import parse
+from senseflow.config import replace
 from senseflow.data.batches import Batch
 from senseflow.data.emoji import to_float
 from senseflow.draws import Draws
 from senseflow.models.families import make_adapter
 from senseflow.models.lora import lora_pair, trainable
-from senseflow.steps import Parts, encoded, fake_loss, generator_losses, reference_features, student_forward
+from senseflow.steps import (
+    Parts,
+    discriminator_loss,
+    encoded,
+    fake_loss,
+    generator_losses,
+    reference_features,
+    student_forward,
+)
 from senseflow.train import build_discriminator
 from senseflow.updates import Updates
 
@@ -112,6 +121,40 @@ def test_the_adversarial_gradient_goes_through_the_decoder(preset, tmp_path, mon
     for a, b in zip(to_net, rest, strict=True):
         assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-5 * a.norm() + 1e-12)
     assert without_gradient(parts.adapter.vae, parts.vfm, parts.disc)
+
+
+def test_d_computes_in_bf16_and_the_decoder_in_fp32(tmp_path, monkeypatch):
+    """As released: backbone and heads under autocast, decoding not. Logits and gradient stay those of fp32 within
+    bf16's 2^-8 a layer, some ten layers deep."""
+    cfg, parts, step = parts_of("sd35-medium", tmp_path, "--dmd.weight", "0", "--isg.weight", "0")
+    assert cfg.disc.weight > 0
+    found, seen = {}, {}
+
+    def watch(name, function):
+        def watched(*args, **kwargs):
+            seen.setdefault(name, torch.is_autocast_enabled("cpu"))
+            return function(*args, **kwargs)
+
+        return watched
+
+    for part, name in ((parts.vfm, "features"), (parts.disc, "logits"), (parts.disc, "conditioning"),
+                       (parts.adapter, "decode")):  # fmt: skip
+        monkeypatch.setattr(part, name, watch(name, getattr(part, name)))
+    monkeypatch.setattr(parts.disc, "forward", watch("forward", parts.disc.forward))
+    for dtype in ("fp32", "bf16"):
+        one = replace(cfg, {"model.dtype": dtype})
+        real = reference_features(parts, one, step)
+        loss = generator_losses(parts, one, step, real)
+        (grad,) = torch.autograd.grad(loss, step.x0)
+        found[dtype] = (loss.item(), discriminator_loss(parts, one, step, real).item(), grad)
+        step.fake_taps = None
+        asked = {"features", "logits", "conditioning", "forward"}
+        assert seen == {name: dtype == "bf16" and name in asked for name in (*asked, "decode")}
+        seen.clear()
+    (g32, d32, grad32), (g16, d16, grad16) = found["fp32"], found["bf16"]
+    assert g16 != g32 and g16 == pytest.approx(g32, abs=0.02 * cfg.disc.weight) and d16 == pytest.approx(d32, rel=0.02)
+    assert grad16.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(grad16.flatten(), grad32.flatten(), 0) > 0.95
 
 
 @pytest.mark.parametrize("preset", ["sd35-medium", "flux-dev"])

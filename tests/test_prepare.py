@@ -1,6 +1,7 @@
 """Caches: equal to the images they were made of, refused where they do not suit."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -141,6 +142,56 @@ def test_a_cut_shard_is_a_reason(sdxl_cache, tmp_path):
             read_row(str(path), "pixels.64x64", 1)
     with pytest.raises(BadSample, match="missing file"):
         read_row(str(tmp_path / "none"), "pixels.64x64", 1)
+
+
+def test_spoiled_headers_are_a_reason_whatever_they_say(sdxl_cache, tmp_path):
+    """A digit of the header changed at random: a row of the shape it should have, or BadSample; never another row."""
+    shard = sdxl_cache[1] / "shards" / "images-00001.safetensors"
+    data, r, bad = shard.read_bytes(), random.Random(0), 0
+    length = int.from_bytes(data[:8], "little")
+    good = read_row(str(shard), "mean.64x64", 1)
+    for n in range(300):
+        spoiled = bytearray(data)
+        spoiled[8 + r.randrange(length)] = ord(r.choice('0123456789"[]{},:x'))
+        path = tmp_path / f"{n}.safetensors"
+        path.write_bytes(spoiled)
+        try:
+            found = read_row(str(path), "mean.64x64", 1)
+        except BadSample as error:
+            assert error.reason == "corrupt shard"
+            bad += 1
+        else:
+            assert found.shape == good.shape and found.dtype == good.dtype
+    assert bad > 100
+    with pytest.raises(BadSample, match=r"mean\.64x64 has 2 rows, not 3"):
+        read_row(str(shard), "mean.64x64", 2)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "index.json", "index.safetensors"])
+def test_a_spoiled_cache_is_one_line(sdxl_cache, tmp_path, name):
+    made, whole = sdxl_cache
+    out = tmp_path / "cache"
+    shutil.copytree(whole, out)
+    (out / name).write_bytes((out / name).read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{name} cannot be read .*: copy the cache again, or prepare another"):
+        build(config("sdxl", made[2], out), CPU)
+
+
+def test_a_cache_of_another_format_is_refused(sdxl_cache, tmp_path):
+    made, whole = sdxl_cache
+    out = tmp_path / "cache"
+    shutil.copytree(whole, out)
+    (out / "index.json").write_text((out / "index.json").read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2, allowed is 1"):
+        build(config("sdxl", made[2], out), CPU)
+
+
+def test_what_is_no_cache_is_not_written_into(sdxl_cache, pictures, capsys):
+    flags = sdxl_cache[0]
+    before = sorted(path.name for path in pictures.iterdir())
+    assert prepare([*flags, "--out", str(pictures)]) == 2
+    assert "is no cache, it holds 0000.jpg: give a folder of its own" in capsys.readouterr().err
+    assert sorted(path.name for path in pictures.iterdir()) == before
 
 
 REFUSED = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -138,6 +139,36 @@ def test_the_embedded_teacher_and_captions(tmp_path, monkeypatch):
     assert red[0] > red[2] + 10  # it is one that was trained
 
 
+def test_captions_of_a_data_set(made, tmp_path, capsys):
+    """A folder of pictures and a list in JSON, in their order; what has no caption is left out and said."""
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, caption in (("b", "penguin"), ("a", "red apple"), ("c", None), ("d", "blue star")):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+        if caption:
+            (folder / f"{name}.txt").write_text(caption)
+    student = ["--student", str(made / "run"), "--out", str(tmp_path / "out")]
+
+    def prompts(*more):
+        assert main([*student, *more]) == 0
+        return [json.loads(line)["prompt"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+
+    assert prompts("--data", str(folder)) == ["red apple", "penguin", "blue star"]
+    assert "1 items without a usable caption left out" in capsys.readouterr().err
+    assert prompts("--data", str(folder), "--limit", "2") == ["red apple", "penguin"]
+    (tmp_path / "list.json").write_text('["a star", {"prompt": "a penguin"}]')
+    assert prompts("--data", str(tmp_path / "list.json")) == ["a star", "a penguin"]
+    assert prompts("--prompts-file", str(made / "prompts.txt"), "--limit", "1") == ["red apple"]
+    assert "does not exist" in error(capsys, [*student, "--data", str(tmp_path / "none")])
+    assert "--limit -1: allowed is 0 or more" in error(capsys, [*student, "--prompts", "a", "--limit", "-1"])
+    assert "one of --prompts" in error(capsys, [*student, "--prompts", "a", "--data", str(folder)])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "settings.json").write_text("{}")
+    assert "is a cache, which holds no captions" in error(capsys, [*student, "--data", str(tmp_path / "cache")])
+
+
 def test_dtype(made, tmp_path):
     one = ["--student", str(made / "run"), "--prompts", "red apple", "--out"]
     assert main([*one, str(tmp_path / "a")]) == 0
@@ -149,7 +180,7 @@ def test_dtype(made, tmp_path):
 
 def test_bad_input_is_one_line(made, tmp_path, capsys):
     student = ["--student", str(made / "run")]
-    assert "one of --prompts, --prompts-file and --embedded" in error(capsys, student)
+    assert "one of --prompts, --prompts-file, --data and --embedded" in error(capsys, student)
     assert "one of --prompts" in error(capsys, [*student, "--prompts", "a", "--embedded"])
     assert "cannot be read" in error(capsys, [*student, "--prompts-file", str(tmp_path / "none")])
     (tmp_path / "empty").write_text("\n \n")
@@ -166,3 +197,21 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     assert "is a SanaPipeline: allowed are StableDiffusion3Pipeline" in error(capsys, teacher)
     index.write_text(text)
     assert "does not exist" in error(capsys, ["--teacher", str(tmp_path / "none"), "--prompts", "a"])
+    assert "model.side = 72: allowed is a multiple of 16" in error(capsys, [*teacher, "--side", "72"])
+    (tmp_path / "lora").mkdir()
+    shutil.copy(made / "run" / "student" / "senseflow.json", tmp_path / "lora")
+    found = error(capsys, ["--student", str(tmp_path / "lora"), "--prompts", "a"])
+    assert "holds no network in diffusers' layout (a LoRA, a single file?): give the run" in found
+
+
+def test_a_real_student_has_no_row_in_the_embedded_table(made, capsys):
+    from senseflow.evaluate import main as evaluate
+
+    assert evaluate(["--student", str(made / "run")]) == 2
+    assert "is of family 'sd35', which the embedded table does not know" in capsys.readouterr().err
+
+
+def test_a_teacher_in_the_home_folder(made, monkeypatch):
+    """Where the shell leaves the tilde: --teacher=~/teacher."""
+    monkeypatch.setenv("HOME", str(made))
+    assert sample.teacher_preset("~/teacher").model.family == "sd35"

@@ -100,8 +100,8 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """net in fp32 or bf16, in place. Not by to(dtype), at which diffusers warns."""
-    return net.float() if dtype == torch.float32 else net.bfloat16()
+    """net in fp32, bf16 or fp16, in place. Not by to(dtype), at which diffusers warns."""
+    return {torch.float32: net.float, torch.bfloat16: net.bfloat16, torch.float16: net.half}[dtype]()
 
 
 def middle_output(blocks: Sequence[nn.Module], forward: Callable[[], object]) -> Any:

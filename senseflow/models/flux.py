@@ -52,8 +52,8 @@ class FluxAdapter:
         self.source, self.text_length, self.dtype, self.device = source, text_length, dtype, torch.device(device)
         self.schedule = FlowSchedule(shift=shift, kind="exponential")
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
-        down = autoencoder.downsampling(self.vae)
-        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
+        side = autoencoder.latent_side(self.vae, side, patch=2)
+        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side, side)
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
         """The teacher's transformer, frozen, with its guidance embedding."""

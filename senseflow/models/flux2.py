@@ -69,8 +69,7 @@ class KleinLatents(nn.Module):
     def encode(self, pixels: Tensor) -> Any:
         found, (mean, std) = self.inner.encode(pixels).latent_dist, self._statistics()
         normal = SimpleNamespace(
-            mean=(patchify(found.mean) - mean) / std, std=patchify(found.std) / std,
-            logvar=patchify(found.logvar) - 2 * std.log(),
+            mean=(patchify(found.mean) - mean) / std, logvar=patchify(found.logvar) - 2 * std.log(),
         )  # fmt: skip
         return SimpleNamespace(latent_dist=normal)
 
@@ -98,7 +97,7 @@ class Flux2Adapter:
         self.source, self.text_length, self.dtype, self.device = source, text_length, dtype, torch.device(device)
         self.schedule = FlowSchedule(shift=shift, kind="exponential")
         self.vae = KleinLatents(load_component(_diffusers("AutoencoderKLFlux2"), source, "vae", torch.float32, device))
-        side //= autoencoder.downsampling(self.vae)
+        side = autoencoder.latent_side(self.vae, side)
         self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side, side)
         self._empty: Condition | None = None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from senseflow.config import UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models import vae as autoencoder
 from senseflow.models.adapter import Condition, cast, in_dtype, middle_tokens
@@ -38,15 +39,19 @@ class SD3Adapter:
         self.source, self.text_length, self.dtype, self.device = source, text_length, dtype, torch.device(device)
         self.schedule = FlowSchedule(shift=shift)
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
-        down = autoencoder.downsampling(self.vae)
-        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
+        side = autoencoder.latent_side(self.vae, side, patch=2)
+        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side, side)
         self._empty: Condition | None = None
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
-        """The teacher's transformer, frozen."""
+        """The teacher's transformer, frozen. Raises UserError for pictures larger than its table of positions."""
         from diffusers import SD3Transformer2DModel
 
-        return load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
+        net = load_component(SD3Transformer2DModel, self.source, "transformer", dtype, self.device)
+        reach, down = net.config.pos_embed_max_size * net.config.patch_size, autoencoder.downsampling(self.vae)
+        if reach < self.latent_shape[1]:
+            raise UserError(f"model.side is out of range: {self.source} allows up to {reach * down} pixels")
+        return net
 
     def student_of(self, teacher: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A trainable copy of the teacher, kept in dtype."""

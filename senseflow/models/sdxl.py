@@ -38,8 +38,8 @@ class SDXLAdapter:
         self.source, self.side, self.dtype, self.device = source, side, dtype, torch.device(device)
         self.schedule = DiffusionSchedule()
         self.vae = load_component(AutoencoderKL, source, "vae", torch.float32, device)
-        down = autoencoder.downsampling(self.vae)
-        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, side // down, side // down)
+        width = autoencoder.latent_side(self.vae, side)
+        self.latent_shape: tuple[int, ...] = (self.vae.config.latent_channels, width, width)
         self._widths: tuple[int, int, int] | None = None  # of a prompt's encoding: tokens, width, pooled width
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from senseflow.config import UserError
 from senseflow.models.adapter import in_dtype
 
 
@@ -46,3 +47,11 @@ def decode(vae: Any, latents: Tensor, dtype: torch.dtype = torch.float32) -> Ten
 def downsampling(vae: Any) -> int:
     """Pixels a latent is wide."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_side(vae: Any, side: int, patch: int = 1) -> int:
+    """Latents that a picture of `side` pixels is wide. Raises UserError where they are no whole number of patches."""
+    unit = downsampling(vae) * patch
+    if side % unit:
+        raise UserError(f"model.side = {side}: allowed is a multiple of {unit} with this teacher")
+    return side // downsampling(vae)
