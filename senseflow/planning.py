@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,12 +55,12 @@ class Target:
     ranks: int
 
 
-def target_of(cfg: Config) -> Target:
-    """By memory.device_gb and memory.ranks, else the device that is here and the ranks that torchrun started."""
+def target_of(cfg: Config, ranks: int = 1) -> Target:
+    """By memory.device_gb and memory.ranks, else the device that is here and the run's ranks."""
     found, size = device_bytes()
     if cfg.memory.device_gb:
         found, size = "cuda", cfg.memory.device_gb * GB
-    return Target(found, size, cfg.memory.ranks or int(os.environ.get("WORLD_SIZE", 1)))
+    return Target(found, size, cfg.memory.ranks or ranks)
 
 
 # -- the networks, from configs alone ------------------------------------------------------------------------------
@@ -153,6 +152,12 @@ def text_encoder_bytes(cfg: Config) -> float:
     return float(sum(p.numel() for p in {id(p): p for p in weights}.values()) * DTYPES[cfg.model.dtype].itemsize)
 
 
+def shards(cfg: Config, ranks: int) -> int:
+    """Over how many ranks student, fake and teacher are split: dist.shard of them, all, or none where each is whole."""
+    whole = cfg.dist.mode == "ddp" or (cfg.dist.mode == "auto" and cfg.model.variant == "lora")
+    return 1 if whole else min(cfg.dist.shard or ranks, ranks)
+
+
 # -- what stays ----------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +166,7 @@ def optimizer_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
     nets: dict[str, list[Any]] = {"student": trainable(parts.student), "fake": trainable(parts.fake)}
     if parts.disc is not None:
         nets["disc"] = list(parts.disc.parameters())
-    split = {"student": ranks, "fake": ranks, "disc": 1} if cfg.model.variant == "full" else dict.fromkeys(nets, 1)
+    split = {"student": shards(cfg, ranks), "fake": shards(cfg, ranks), "disc": 1}
     rows, host = [], cfg.optim.host
     for name, params in nets.items():
         n, where = split[name], host and name != "disc"
@@ -188,7 +193,7 @@ def weight_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
     """Weights and buffers of each network, each tensor at the first that holds it (LoRA: the teacher)."""
     seen: set[int] = set()
     rows = []
-    split = ranks if cfg.model.variant == "full" else 1
+    split = shards(cfg, ranks)
     vae = getattr(parts.adapter.vae, "inner", parts.adapter.vae)
     for name, net, n in (("teacher", parts.teacher, split), ("student", parts.student, split),
                          ("fake", parts.fake, split), ("disc", parts.disc, 1), ("backbone", parts.vfm, 1),
@@ -204,11 +209,11 @@ def weight_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
 
 def communication_row(cfg: Config, parts: Parts, ranks: int) -> Row:
     """Of FSDP2 with a block a unit: two blocks gathered (one in use, the next on its way), the rest of the network
-    gathered, and one block's gradients before and after their cast to fp32 for the reduction. LoRA: one bucket of all
-    gradients."""
+    gathered, one block's gradients before and after their cast to fp32 for the reduction. Whole networks: one bucket
+    of all gradients."""
     if ranks == 1:
         return Row("communication", "", 0)
-    if cfg.model.variant == "lora":
+    if shards(cfg, ranks) == 1:
         return Row("communication", "gradient buckets", nbytes(trainable(parts.student)))
     net: Any = parts.student
     adapter: Any = parts.adapter
@@ -243,17 +248,14 @@ class Backward:
         return 1.0
 
     def step_parts(self, losses: Any, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
-        for loss, _ in losses:
-            self.step(loss, iteration, *names)
-        return {}
-
-    def step(self, loss: Tensor, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
         inputs = [p for name in names for p in self.params[name]]
-        with ExitStack() as stack, self.parts.phase("backward"):
+        with ExitStack() as stack:
             for p in inputs:
                 hook = p.register_post_accumulate_grad_hook(lambda p: self.ledger.as_gradient(p.grad))  # type: ignore[arg-type]
                 stack.callback(hook.remove)
-            loss.backward(inputs=inputs)
+            for loss, _ in losses:
+                with self.parts.phase("backward"):
+                    loss.backward(inputs=inputs)
         for p in inputs:
             p.grad = None
         return {}
@@ -356,7 +358,7 @@ class Planner:
 
     def plan(self, cfg: Config) -> Plan:
         stays = self.stays(cfg)
-        share = 0.0 if cfg.optim.in_backward else 1 / self.target.ranks if cfg.model.variant == "full" else 1.0
+        share = 0.0 if cfg.optim.in_backward else 1 / shards(cfg, self.target.ranks)
         peak = self.ledger(cfg).peak(share)
         rows = [*stays]
         if peak.gradients:

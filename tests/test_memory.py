@@ -14,13 +14,14 @@ from senseflow import meta, planning, train
 from senseflow.cli import parse
 from senseflow.config import UserError, replace
 from senseflow.fitting import flags, report, smallest, thriftier
+from senseflow.iteration import iterate
 from senseflow.memory import GB, Ledger, Row, nbytes
 from senseflow.models import fp8
 from senseflow.models.families import make_adapter, make_networks
 from senseflow.models.vfm import find_dinov2
 from senseflow.planning import Planner, Target
 from senseflow.steps import encoded
-from senseflow.train import build, build_discriminator, iterate, main
+from senseflow.train import build, build_discriminator, main
 from senseflow.updates import Updates
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
