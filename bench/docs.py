@@ -212,7 +212,11 @@ def check_names(page: Path) -> list[str]:
     """`file.py: name` and `file.py::test` that the code does not have any more."""
     found = []
     for path, name in NAME.findall(page.read_text()):
-        places = [ROOT / path] if "/" in path else [*ROOT.glob(f"tests/**/{path}"), *ROOT.glob(f"senseflow/**/{path}")]
+        places = (
+            [ROOT / path, ROOT / "senseflow" / path]
+            if "/" in path
+            else [*ROOT.glob(f"tests/**/{path}"), *ROOT.glob(f"senseflow/**/{path}")]
+        )
         texts = [place.read_text() for place in places if place.is_file()]
         if not any(re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b.*=", text, re.M) for text in texts):
             found.append(f"{page.relative_to(ROOT)}: {path} has no {name}")

@@ -87,7 +87,7 @@ def test_table_and_bands_from_records(tmp_path):
     assert "20.0 +- " in page and "data:image/png;base64," in page and (tmp_path / "core.png").stat().st_size > 5000
 
 
-TOY = ["eval.prompts=4", "eval.teacher_steps=1", "eval.grid=2", "data.batch=2", "log.every=1", "log.progress=false",
+TOY = ["data.images=pictures", "eval.prompts=4", "eval.teacher_steps=1", "eval.grid=2", "data.batch=2", "log.every=1", "log.progress=false",
        "disc.taps=2", "disc.width=8", "disc.size=28", "train.gen_every=2"]  # fmt: skip
 
 
