@@ -7,7 +7,7 @@ SANITIZER ?= compute-sanitizer
 # Others' kernels (attention, whole blocks) and compilation alone are not ours to check there.
 SANITIZED := $(filter-out tests/ops/test_aot% tests/ops/test_attention% tests/ops/test_mmdit%,$(wildcard tests/ops/test_*.py))
 
-.PHONY: check test bench csrc gpu sanitize evidence gpu-pack clean
+.PHONY: check test bench csrc gpu sanitize evidence docs gpu-pack clean
 
 # Lint, format and types, as .ci/run does them.
 check:
@@ -49,6 +49,12 @@ sanitize:
 # The long tests behind the published figures (minutes on a CPU).
 evidence:
 	$(PYTHON) -m pytest -m slow -rs --durations=0
+
+# README's and docs/'s numbers against the committed result files, links, names of code; then the site, in build/site/
+# (needs `pip install -e '.[docs]'`). `python -m bench.docs --write` brings the numbers up to date.
+docs:
+	$(PYTHON) -m bench.docs
+	$(PYTHON) -m mkdocs build --strict --quiet
 
 # dist/gpu-pack.tar.gz: this tree as it stands, the versions beside it, and packages that the GPU machine may lack, which
 # needs no network. There: unpack, cd gpu-pack, make gpu.

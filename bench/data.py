@@ -12,6 +12,8 @@ round; a round is one pass over the set, workers already started. Forms:
     cache                     a cache of senseflow.prepare with uint8 pixels and SD-shaped latents, read back
 
 With a GPU, `loader dali` decodes there ("mixed", nvJPEG). Errors are the mean absolute difference to `loader pil`.
+On a machine with other work, read `vs_loader_pil` (the median over the rounds of the rate over `loader pil`'s of the
+same round) and the processor's time an image, workers' processes included.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import tarfile
 import tempfile
@@ -179,6 +182,18 @@ def forms(folder: Path, side: int, workers: int, images: int, skipped: list[dict
     return found
 
 
+def processor_seconds() -> float:
+    """Of this process and its children, so far. Linux alone: elsewhere children count nothing."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for child in multiprocessing.active_children():
+        try:
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += (int(fields[11]) + int(fields[12])) / tick  # utime, stime
+    return total
+
+
 def measure(folder: Path, side: int, options: Any, skipped: list[dict[str, str]]) -> list[dict[str, Any]]:
     """A row a form: median and quartiles of images/s over the rounds."""
     size = write_set(folder, options.images, side)
@@ -187,13 +202,13 @@ def measure(folder: Path, side: int, options: Any, skipped: list[dict[str, str]]
     processor: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(options.rounds + 1):  # the first starts workers and fills caches
         for name, run in made.items():
-            before, cpu = time.perf_counter(), time.process_time()
+            before, cpu = time.perf_counter(), processor_seconds()
             shapes = [tuple(batch.shape) for batch in run()]
             seconds, count = time.perf_counter() - before, sum(shape[0] for shape in shapes)
             assert count == options.images and {shape[1:] for shape in shapes} == {(side, side, 3)}, (name, shapes)
             if turn:
                 rates[name].append(count / seconds)
-                processor[name].append((time.process_time() - cpu) / count)
+                processor[name].append((processor_seconds() - cpu) / count)
     dali = DaliDecoder(1) if not why_not() else None
     error = None
     if dali is not None:
@@ -208,23 +223,46 @@ def measure(folder: Path, side: int, options: Any, skipped: list[dict[str, str]]
         low, _, high = quantiles(values, n=4)
         row: dict[str, Any] = dict(
             case=f"{side} px", form=name, images_per_s=median(values), quartiles=[low, high], rounds=len(values),
+                   vs_loader_pil=median(a / b for a, b in zip(values, rates["loader pil"], strict=True)),
+                   cpu_ms_per_image=1e3 * median(processor[name]),
                    workers=options.workers, images=options.images, file_bytes=size)  # fmt: skip
-        if name.startswith("loader") or name == "cache":  # DataLoader's processes are not in this clock
-            row["cpu_ms_per_image"] = 1e3 * median(processor[name])
         if name == "loader dali":
             row["mean_error_of_255"] = error
         rows.append(row)
     return rows
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result file: images/s, the median and the quartiles of the rounds; the processor's ms an image."""
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    head = [f"{case}: images/s | CPU ms each" for case in cases]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (1 + 2 * len(cases)) + "|"]
+    for form in dict.fromkeys(row["form"] for row in result["rows"]):
+        cells = []
+        for case in cases:
+            row = next((r for r in result["rows"] if (r["case"], r["form"]) == (case, form)), None)
+            if row is None:
+                cells += ["", ""]
+                continue
+            low, high = row["quartiles"]
+            cells.append(f"{row['images_per_s']:.3g} ({low:.3g} to {high:.3g})")
+            cells.append(f"{row['cpu_ms_per_image']:.3g}" if "cpu_ms_per_image" in row else "")
+        lines.append(f"| {form} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
     parser.add_argument("--images", type=int, default=48, help="a multiple of the batch of 8")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--sides", default="512,1024")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", type=Path, default=None, help="print the table of a result file, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for side in map(int, options.sides.split(",")):
@@ -232,9 +270,10 @@ def main() -> None:
             os.environ["SENSEFLOW_CACHE"] = folder  # the index of a set that is gone afterwards
             rows += measure(Path(folder), side, options, skipped)
         for row in rows[-5:]:
-            cpu = f"{row['cpu_ms_per_image']:7.1f} ms CPU each" if "cpu_ms_per_image" in row else ""
-            print(f"{row['case']:>8}  {row['form']:<16} {row['images_per_s']:8.1f} images/s  {cpu}", flush=True)
-    env = environment() | {"command": "python -m bench.data", "arguments": vars(options) | {"out": str(options.out)}}
+            print(f"{row['case']:>8}  {row['form']:<16} {row['images_per_s']:8.1f} images/s "
+                  f"{row['vs_loader_pil']:6.2f}x {row['cpu_ms_per_image']:7.1f} ms CPU each", flush=True)  # fmt: skip
+    given = {name: getattr(options, name) for name in ("images", "rounds", "workers", "sides")}
+    env = environment() | {"command": "python -m bench.data", "arguments": given}
     out = options.out or Path(__file__).parent / "results" / f"data-{device_slug()}.json"
     out.write_text(json.dumps(dict(format=1, environment=env, rows=rows, skipped=skipped), indent=1) + "\n")
     print(f"written to {out}")

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import environment
 from bench.released import ReleasedLoop, Switches
+from senseflow import train
 from senseflow.cli import parse
 from senseflow.config import UserError
 from senseflow.draws import Draws
@@ -33,17 +35,12 @@ from senseflow.models import public
 from senseflow.models.adapter import Condition
 from senseflow.presets import PRESETS
 from senseflow.steps import Parts, encoded
-from senseflow.train import build, iterate
 from senseflow.updates import Updates
 
 NETWORKS = ("student", "teacher", "fake", "decoder", "backbone", "text", "encoder")
-# The published loop, and what it does differently from ours by the switch that turns it off or on (bench/released.py).
 PUBLISHED = Switches(encode_online=True)
-SAVINGS = {
-    "features of r shared by D's looks": ("own_features_of_r", True),
-    "no look of D at a picture that nothing learns from, its taps kept": ("look_always", True),
-    "prompts and latents from caches": ("encode_online", True),
-}
+# What the published loop spends by bench/released.py's switches: off, one at a time; and what modelopt's adds.
+SAVINGS = (("own_features_of_r", False), ("look_always", False), ("encode_online", False), ("own_sample_for_d", True))
 SMALL = [
     "--data.batch=2", "--train.gen_every=2", "--disc.taps=2", "--disc.size=28", "--disc.width=8", "--disc.backbone=",
     "--disc.downsample=1", "--train.precision=fp32", "--model.dtype=fp32",
@@ -209,8 +206,8 @@ def _embedded_forwards() -> dict[str, float]:
 
     config = PRESETS["tiny"]()
     adapter = EmbeddedAdapter()
+    net = adapter.load_network().to("meta")
     with torch.no_grad(), torch.device("meta"):
-        net = adapter.load_network().to("meta")
         picture, cond = torch.zeros(1, 3, 32, 32), Condition(torch.zeros(1, 16, 384), torch.zeros(1, 384))
         found = {"student": _tflop(lambda: adapter.predict(net, picture, torch.ones(1), cond))}
         vit = DinoV2(384, 12, 1536, 37)
@@ -218,36 +215,44 @@ def _embedded_forwards() -> dict[str, float]:
     return _same_networks(found | dict(decoder=0.0, encoder=0.0, text=0.0))
 
 
-def small_folder(preset: str, root: Path) -> Path:
-    """The tests' small pipeline of the preset's classes."""
+@contextmanager
+def small_run(preset: str, root: Path) -> Iterator[tuple[Any, Parts, Any]]:
+    """(config, parts, data) of the tests' small pipeline of the preset's classes, on a few pictures."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     try:
-        import tiny_pipelines as tiny
+        import tiny_pipelines as tiny  # type: ignore[import-not-found]
     finally:
         sys.path.pop(0)
     write = {"tiny": tiny.embedded_teacher, "sd35-large": tiny.write_sd3, "flux-dev": tiny.write_flux,
              "sdxl": tiny.write_sdxl, "flux2-klein": tiny.write_klein,
              "sd35-medium": lambda f: tiny.write_sd3(f, medium=True)}  # fmt: skip
-    return write[preset](root / preset)
+    flags = [preset, "--teacher", str(write[preset](root / preset)), *SMALL, *(LARGE if preset != "tiny" else [])]
+    with patch.object(train, "load_variants", tiny.few_pictures):
+        cfg = parse(flags, "").config
+        parts, data = train.build(cfg, torch.device("cpu"))
+        parts.draws = Told(cfg.seed)
+        parts.adapter.uncond(1)  # the empty prompt is encoded once a run
+        yield cfg, parts, data
 
 
 def family(preset: str, root: Path) -> dict[str, Any]:
     """Counts of one preset: ours, ours without skip_silent, the published order, and it with each waste turned off."""
-    flags = [preset, "--teacher", str(small_folder(preset, root)), *SMALL, *(LARGE if preset != "tiny" else [])]
-    cfg, law = parse(flags, "").config, PRESETS[preset]()
-    parts, data = build(cfg, torch.device("cpu"))
-    parts.draws = Told(cfg.seed)
+    tflop, law = true_forwards(preset), PRESETS[preset]()
     found: dict[str, dict[str, float]] = {}
-    for name, skip in (("ours", True), ("ours, skip_silent false", False)):
-        mine = replace(cfg, disc=replace(cfg.disc, skip_silent=skip))
-        updates = Updates(mine, parts)
-        found[name] = mean_counts(cfg, parts, data, lambda b, i, c=mine, u=updates: iterate(c, parts, u, b, i), law)
-    if parts.adapter.parameterization == "flow":
-        forms = {"published": PUBLISHED, "published, a second sample for D": replace(PUBLISHED, own_sample_for_d=True)}
-        forms |= {f"published, {field} false": replace(PUBLISHED, **{field: False}) for field, _ in SAVINGS.values()}
+    with small_run(preset, root) as (cfg, parts, data):
+        for name, skip in (("ours", True), ("ours, disc.skip_silent false", False)):
+            mine = replace(cfg, disc=replace(cfg.disc, skip_silent=skip))
+            run = partial(train.iterate, mine, parts, Updates(mine, parts))
+            found[name] = mean_counts(cfg, parts, data, run, law)
+        forms: dict[str, Switches] = {}
+        if parts.adapter.parameterization == "flow":
+            forms = {
+                f"published, {field} {str(on).lower()}": replace(PUBLISHED, **{field: on}) for field, on in SAVINGS
+            }
+            forms = {"published": PUBLISHED} | forms
         for name, switches in forms.items():
             found[name] = mean_counts(cfg, parts, data, ReleasedLoop(cfg, parts, switches).iterate, law)
-    return dict(tflop=true_forwards(preset), forwards=found)
+    return dict(tflop=tflop, forwards=found)
 
 
 def tables(record: dict[str, Any]) -> Iterator[str]:
@@ -279,7 +284,8 @@ def main(argv: list[str]) -> int:
         if unknown := [p for p in mine.presets if p not in ("tiny", *public.CHECKPOINTS)]:
             raise UserError(f"--presets {unknown[0]!r}: allowed are tiny, {', '.join(public.CHECKPOINTS)}")
         with tempfile.TemporaryDirectory() as root:
-            record = dict(environment=environment(), presets={p: family(p, Path(root)) for p in mine.presets})
+            where = environment() | dict(command=f"python -m bench.forwards --presets {' '.join(mine.presets)}")
+            record = dict(environment=where, presets={p: family(p, Path(root)) for p in mine.presets})
     except UserError as error:
         print(f"bench.forwards: {error}", file=sys.stderr)
         return 2

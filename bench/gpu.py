@@ -62,7 +62,7 @@ def parts() -> dict[str, Part]:
         *(Part(f"bench {name}", [*pytest, f"bench/test_{name}.py"], minutes) for name, minutes in BENCHES.items()),
         *(
             Part(f"bench {name}", [sys.executable, "-m", f"bench.{name}"], 8)
-            for name in ("step", "data") if (ROOT / f"bench/{name}.py").exists()
+            for name in ("step", "data", "memory") if (ROOT / f"bench/{name}.py").exists()
         ),
         *(Part(f"real {preset}", [sys.executable, "-m", "bench.real", preset], 9) for preset in REAL),
         *(

@@ -4,7 +4,8 @@ Every form trains its own copy of the same weights on the same batches and draws
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
 Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
 off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile);
-`ours, compile` has the same compiled. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
+`ours, compile` has the same compiled, `ours, graphs` (with a GPU) is replayed: its networks are called at captures
+alone, so their pictures are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
 nvidia-modelopt's DMD2, where that is installed.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -29,12 +31,14 @@ from bench.modelopt import ModeloptLoop
 from bench.released import ReleasedLoop, Switches
 from senseflow.cli import parse
 from senseflow.config import UserError
+from senseflow.graphs import Replayed
 from senseflow.logs import print_table
 from senseflow.steps import Parts, encoded
 from senseflow.train import build, iterate
 from senseflow.updates import Updates
 
 Iterate = Callable[[Any, int], dict[str, Any]]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LEAN = Switches(own_features_of_r=False, look_always=False, per_parameter=False, read_back=False, fused_adamw=True)
 
 
@@ -94,35 +98,42 @@ def compiled(parts: Parts) -> None:
 
 def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
     """Name -> (one iteration, its counts). Raises UserError for a name that is none."""
-    recipes: dict[str, Switches | None] = {"ours": None}
+    recipes: dict[str, Switches | None] = {"ours": None, "ours, compile": None}
+    if torch.cuda.is_available():
+        recipes |= {"ours, graphs": None, "ours, compile, graphs": None}
     if cfg.disc.kind == "none":  # DMD2 without a GAN
-        recipes |= {"ours, compile": None, "modelopt": None}
+        recipes["modelopt"] = None
     else:
-        recipes |= {"ours, compile": None, "released": Switches()}
-    for f in fields(Switches) if cfg.disc.kind != "none" else ():
-        value = not getattr(Switches(), f.name)
-        recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
-    if cfg.disc.kind != "none":
+        recipes["released"] = Switches()
+        for f in fields(Switches):
+            value = not getattr(Switches(), f.name)
+            recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
         recipes["tuned"] = LEAN
     known = list(recipes)
     if unknown := [name for name in only if name not in known]:
         raise UserError(f"--only {unknown[0]!r}: allowed is {', '.join(known)}")
     made: dict[str, tuple[Iterate, Counter]] = {}
-    for name in only or known:
-        mine, counts = own_copy(parts, frozen_too=name in ("tuned", "ours, compile"))
-        switches = recipes[name]
-        if name == "ours, compile":
+    for name in only or [name for name in known if name != "modelopt" or find_spec("modelopt")]:
+        compiles = name == "tuned" or "compile" in name
+        mine, counts = own_copy(parts, frozen_too=compiles)
+        if compiles:
             compiled(mine)
-        if name == "modelopt":
-            made[name] = ModeloptLoop(cfg, mine, told=2 * cfg.train.gen_every).iterate, counts
-        elif switches is None:
+        switches = recipes[name]
+        if switches is not None:
+            made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
+        elif name == "modelopt":
+            made[name] = ModeloptLoop(cfg, mine, told=warm_up(cfg)).iterate, counts
+        elif "graphs" in name:
+            made[name] = Replayed(cfg, mine, Updates(cfg, mine), iterate), counts
+        else:
             updates = Updates(cfg, mine)
             made[name] = (lambda b, i, p=mine, u=updates: iterate(cfg, p, u, b, i)), counts
-        else:
-            if name == "tuned":
-                compiled(mine)
-            made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
     return made
+
+
+def warm_up(cfg: Any) -> int:
+    """Iterations before the timed ones: two cycles; with a GPU enough that every kind has been captured."""
+    return (12 if torch.cuda.is_available() else 2) * cfg.train.gen_every
 
 
 def check(rows: dict[str, list[dict[str, float]]], reference: str) -> None:
@@ -135,10 +146,10 @@ def check(rows: dict[str, list[dict[str, float]]], reference: str) -> None:
                 assert abs(mine[key] - theirs[key]) <= bound, f"{name}, iteration {i}: {key} {mine[key]} {theirs[key]}"
 
 
-def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int) -> dict[str, Any]:
+def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int, clock: str) -> dict[str, Any]:
     """Seconds per form and iteration, losses of the warm-up, pictures through each network."""
-    made = forms(cfg, parts, only)
-    warm = 2 * cfg.train.gen_every
+    made, now = forms(cfg, parts, only), CLOCKS[clock]
+    warm = warm_up(cfg)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     losses: dict[str, list[dict[str, float]]] = {name: [] for name in made}
     for iteration in range(warm + iterations):
@@ -148,12 +159,12 @@ def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int)
             for _, counts in made.values():
                 counts.clear()
         for name, (run, _) in made.items():
-            start = time.perf_counter()
+            start = now()
             found = run(batch, iteration)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if iteration >= warm:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
             else:
                 losses[name].append({k: float(v) for k, v in found.items()})
     pictures = {name: dict(counts) for name, (_, counts) in made.items()}
@@ -185,6 +196,9 @@ def main(argv: list[str]) -> int:
     """Prints the table; writes the raw times with --json."""
     own = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, allow_abbrev=False)
     own.add_argument("--iterations", type=int, default=20, help="timed ones, after two cycles of warm-up")
+    own.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others share the cores"
+    )
     own.add_argument("--only", nargs="+", default=[], help="forms")
     own.add_argument("--json", type=Path, help="file for the raw times; default: none")
     mine, rest = own.parse_known_args(argv)
@@ -194,7 +208,7 @@ def main(argv: list[str]) -> int:
             torch.set_num_threads(cfg.train.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts, data = build(cfg, device)
-        found = measure(cfg, parts, data, mine.only, mine.iterations)
+        found = measure(cfg, parts, data, mine.only, mine.iterations, mine.clock)
     except UserError as error:
         print(f"bench.step: {error}", file=sys.stderr)
         return 2
@@ -203,7 +217,9 @@ def main(argv: list[str]) -> int:
     )
     if mine.json:
         mine.json.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(environment=environment(), preset=cfg.preset, batch=cfg.data.batch, argv=argv, **found)
+        record = dict(
+            environment=environment(), preset=cfg.preset, batch=cfg.data.batch, argv=argv, clock=mine.clock, **found
+        )
         mine.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

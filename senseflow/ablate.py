@@ -29,6 +29,7 @@ from senseflow.config import Config, UserError, to_dict
 from senseflow.train import train
 
 CURVES = (
+    "eval/kid_raw",
     "eval/kid",
     "eval/fd",
     "eval/r1",
@@ -133,7 +134,11 @@ def record(row: Row, seed: int, cfg: Config, out: Path, seconds: float, status: 
 
     lines = curves(out / "metrics.jsonl", cfg.train.gen_every, cfg.train.fake_warmup)
     last = {name: points[-1][1] for name, points in lines.items() if name.startswith("eval/")}
-    best = {name: min(v for _, v in points) for name, points in lines.items() if name in ("eval/kid", "eval/fd")}
+    best = {
+        name: min(v for _, v in points)
+        for name, points in lines.items()
+        if name in ("eval/kid_raw", "eval/kid", "eval/fd")
+    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return dict(
         row=row.name, seed=seed, status=status, same=same_run(cfg), final=last, best=best, curves=lines,

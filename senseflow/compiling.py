@@ -25,13 +25,15 @@ MODES = {"blocks": "default", "max": "max-autotune-no-cudagraphs"}  # graphs are
 
 def regions(parts: Parts, cfg: Config) -> list[nn.Module]:
     """What is compiled by itself: the transformer blocks of the three networks, the backbone's blocks up to the last
-    one read, the VAE's decoder. DMD2's classifier reads the fake's middle block through a hook, which compiled code may
-    leave out: that block is not compiled then."""
+    one read, the VAE's decoder; these two not with disc.checkpointing. DMD2's classifier reads the fake's middle block
+    through a hook, which compiled code may leave out: that block is not compiled then."""
     found: list[nn.Module] = []
     for net in (parts.student, parts.fake, parts.teacher):
         blocks = parts.adapter.blocks(net)
         hooked = blocks[len(blocks) // 2] if net is parts.fake and cfg.disc.kind == "fake_features" else None
         found += [block for block in blocks if block is not hooked]
+    if cfg.disc.checkpointing:  # whose forwards are wrapped, layer by layer
+        return found
     if parts.vfm is not None:
         found += list(parts.vfm.blocks)[: max(cfg.disc.taps) + 1]  # type: ignore[arg-type]
     if parts.adapter.vae is not None:
@@ -45,24 +47,30 @@ def compile_parts(parts: Parts, cfg: Config, backend: str = "inductor") -> int:
 
     A graph break is an error, not a slower path; so is a shape that keeps changing, after VARIANTS of them. Compiled
     code is kept in SENSEFLOW_CACHE/inductor, so the next run starts with it (TORCHINDUCTOR_CACHE_DIR: elsewhere).
-    Raises UserError where it cannot be: with data.buckets, whose every size would be compiled.
+    Raises UserError where it cannot be: with data.buckets, whose every size would be compiled, with
+    model.checkpointing selective, which chooses among operators that compiled code does not show, and sharded.
     """
     if cfg.kernels.compile == "off":
         return 0
     if cfg.data.buckets:
         raise UserError(f"kernels.compile = {cfg.kernels.compile!r}: allowed is off with data.buckets = True")
+    if cfg.model.checkpointing == "selective":
+        how = "off with model.checkpointing = 'selective'"
+        raise UserError(f"kernels.compile = {cfg.kernels.compile!r}: allowed is {how}")
+    if parts.world.sharded:  # whose hooks gather weights around each block
+        raise UserError(f"kernels.compile = {cfg.kernels.compile!r}: allowed is off with dist.mode = 'fsdp'")
     import torch._dynamo
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 16 * VARIANTS)
-    how: dict[str, Any] = dict(fullgraph=True, dynamic=False, backend=backend)
+    options: dict[str, Any] = dict(fullgraph=True, dynamic=False, backend=backend)
     if backend == "inductor":
-        how["mode"] = MODES[cfg.kernels.compile]
+        options["mode"] = MODES[cfg.kernels.compile]
     some = regions(parts, cfg)
     for module in some:
-        module.compile(**how)
+        module.compile(**options)
     return len(some)
 
 

@@ -165,7 +165,7 @@ class Train(Section):
         "disc_lr": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "eps": (0, 1), "weight_decay": (0, 10),
         "warmup": (0, 10**9), "cooldown": (0, 1), "cooldown_others": (0, 1), "clip": (0, INF),
         "fake_warmup": (0, 10**9), "checkpoint_every": (1, 10**9), "keep_last": (1, 10**6), "max_nonfinite": (1, 10**9),
-        "threads": (0, 1024),
+        "threads": (0, 1024), "accumulate": (1, 65536), "keep_best": (0, 10**6),
     }  # fmt: skip
     iterations: int = doc("loop iterations; one in gen_every updates the student", 120)
     minutes: float = doc("stop after this wall time, minutes; 0: no limit", 0.0)
@@ -181,6 +181,7 @@ class Train(Section):
     cooldown: float = doc("share of the iterations, at the end, in which the student's rate falls linearly to 0", 0.5)
     cooldown_others: float = doc("share of their rates that fake and discriminator have left then; 1: all of it", 0.1)
     clip: float = doc("gradient-norm limit of each network; 0: none", 1.0)
+    accumulate: int = doc("parts that a rank's share of the batch is computed in; same updates, less memory", 1)
     precision: Literal["fp32", "split", "stochastic"] = doc(
         "storage of student and fake; split: bf16 and 16 bits beside it, so fp32; stochastic: bf16 rounded at random",
         "fp32",
@@ -189,8 +190,23 @@ class Train(Section):
     fake_warmup: int = doc("iterations that train the fake alone, at the start", 0)
     checkpoint_every: int = doc("iterations between checkpoints", 100)
     keep_last: int = doc("checkpoints kept", 2)
+    keep_best: int = doc("evaluations of the lowest KID whose checkpoints are made and kept too", 0)
+    checkpoint_async: bool = doc("write checkpoints behind the training, from a copy in host memory", True)
     max_nonfinite: int = doc("non-finite updates in a row that stop the run", 20)
     threads: int = doc("CPU threads; 0: torch's default", 0)
+
+
+@dataclass(frozen=True)
+class Dist(Section):
+    NAME = "dist"
+    RANGES = {"shard": (0, 65536), "timeout": (1, 1e6), "stuck": (0, 1e6)}
+    mode: Literal["auto", "fsdp", "ddp"] = doc(
+        "several ranks: fsdp shards student, fake and teacher, ddp keeps them whole on each; auto: ddp for a LoRA, "
+        "else fsdp", "auto"
+    )  # fmt: skip
+    shard: int = doc("ranks that share one copy, of a node for instance, others hold replicas (HSDP); 0: all", 0)
+    timeout: float = doc("seconds after which ranks that wait for another give up", 1800.0)
+    stuck: float = doc("seconds without progress after which a rank's stack is reported; 0: never", 600.0)
 
 
 @dataclass(frozen=True)
@@ -340,6 +356,18 @@ class Log(Section):
 
 
 @dataclass(frozen=True)
+class Health(Section):
+    NAME = "health"
+    RANGES = {"rollbacks": (0, 1000), "slower": (1e-3, 1)}
+    on_divergence: Literal["warn", "stop", "rollback"] = doc(
+        "when a monitor says that the run diverges: say so, stop, or go back to the last checkpoint with lower rates",
+        "warn",
+    )
+    rollbacks: int = doc("times a run goes back before it stops", 3)
+    slower: float = doc("learning rates are multiplied by this each time", 0.5)
+
+
+@dataclass(frozen=True)
 class Memory(Section):
     NAME = "memory"
     RANGES = {"device_gb": (0, 1e5), "ranks": (0, 10**6), "reserve_gb": (0, 1e3)}
@@ -365,7 +393,7 @@ class Kernels(Section):
         "off",
     )
     graphs: Literal["auto", "off", "on"] = doc(
-        "iterations as CUDA graphs, from the second of a kind on; auto: on one GPU where everything can be captured",
+        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU",
         "auto",
     )
 
@@ -383,6 +411,7 @@ class Config(Section):
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
+    dist: Dist = field(default_factory=Dist)
     dmd: Dmd = field(default_factory=Dmd)
     fake: Fake = field(default_factory=Fake)
     isg: Isg = field(default_factory=Isg)
@@ -392,6 +421,7 @@ class Config(Section):
     ema: Ema = field(default_factory=Ema)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
+    health: Health = field(default_factory=Health)
     memory: Memory = field(default_factory=Memory)
     kernels: Kernels = field(default_factory=Kernels)
 

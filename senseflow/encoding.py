@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from senseflow.data.filters import kept_captions
 from senseflow.data.loader import as_tensor
 from senseflow.data.samples import BadSample
 from senseflow.data.stream import Items, to_pixels
+from senseflow.data.threads import Threads, result
 from senseflow.draws import Draws
 from senseflow.models import vae as autoencoder
 from senseflow.models.families import compute, make_adapter
@@ -53,11 +53,15 @@ class Maker:
         self.adapter = make_adapter(cfg.model, device)
         self.images = items.source.has_images
         self.decoder: Any = make_decoder(cfg.data.decoder, cfg.data.workers, device) if self.images else None
-        self.pool = ThreadPoolExecutor(max(cfg.data.workers, 1))
+        self.pool = Threads(max(cfg.data.workers, 1), "senseflow-data")
         self.dtype = LATENT_DTYPES[options.latents_dtype]
-        self.draws = Draws(SEED)
+        self.draws, self._prompt_bytes = Draws(SEED), 0
         self.vfm: Any = find_dinov2(cfg.disc.backbone).to(device) if options.features else None
         self.teacher = self.adapter.load_network(compute(cfg.model, device)) if options.teacher_samples else None
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.pool.close()
 
     def shard(self, number: int) -> range:
         """Positions in the selection."""
@@ -88,7 +92,7 @@ class Maker:
         groups = [positions[i : i + step] for i in range(0, len(positions), step)]
         futures = [[self.pool.submit(self._read, p) for p in group] for group in groups[:2]]
         for number, group in enumerate(groups):
-            found = [future.result() for future in futures[number]]
+            found = [result(future, self.cfg.data.timeout, "sample") for future in futures[number]]
             if number + 2 < len(groups):
                 futures.append([self.pool.submit(self._read, p) for p in groups[number + 2]])
             if self.images and self.decoder.batched:
@@ -177,6 +181,13 @@ class Maker:
         pixels = self.adapter.decode(latents).float().clamp(-1, 1)
         uint8 = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return {"latents": latents.to(self.dtype).cpu()} | self._looked_at(uint8, pixels)
+
+    def prompt_bytes(self) -> int:
+        """What a prompt takes in the cache. Loads the text encoders."""
+        if not self._prompt_bytes:
+            cond = self.adapter.encode_prompts([""])
+            self._prompt_bytes = cond.embeds.nbytes + cond.pooled.nbytes
+        return self._prompt_bytes
 
     @torch.no_grad()
     def prompts_of(self, captions: list[str], count: Callable[[int], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -27,6 +27,7 @@ from senseflow.updates import Updates
 log = logging.getLogger("senseflow")
 Iterate = Callable[[Config, Parts, Updates, Batch, int], dict[str, Tensor]]
 Kind = tuple[bool, int | None, bool]
+GRADIENTS = 0.02  # of the device's memory, at most, in `auto`
 
 
 def reason_against(cfg: Config, device: torch.device, profile: bool = False) -> str | None:
@@ -57,11 +58,22 @@ def advance(
     reason = reason_against(cfg, device, profile)
     if wanted == "on" and reason:
         raise UserError(f"kernels.graphs = 'on': {reason}; allowed is auto or off")
+    if wanted == "auto" and reason is None:
+        reason = too_much(updates, torch.cuda.get_device_properties(device).total_memory)
     if wanted != "off" and reason is None:
         return Replayed(cfg, parts, updates, iterate)
     if wanted == "auto" and device.type == "cuda":
         log.warning("iterations run without CUDA graphs: %s", reason)
     return lambda batch, iteration: iterate(cfg, parts, updates, batch, iteration)
+
+
+def too_much(updates: Updates, memory: int) -> str | None:
+    """Why `auto` leaves a run as it is: gradients that stay would take a share of the memory that networks of that size
+    want for themselves, and their kernels are long enough to launch one by one. None: they take little."""
+    size = sum(p.numel() * p.element_size() for params in updates.params.values() for p in params)
+    if size <= GRADIENTS * memory:
+        return None
+    return f"all gradients would stay in memory, {size / 1e9:.1f} GB; --graphs on has them do so"
 
 
 @dataclass
@@ -83,6 +95,7 @@ class Replayed:
         self.batch: Batch | None = None
         self.kinds: dict[Kind, Captured | None] = {}  # None: ran once, not captured yet
         self.pool: Any = None
+        self.loads = updates.loads
         updates.keep_grads = True
         if capture and device.type == "cuda":
             # one stream for what runs and what is captured: autograd ties gradients to the stream they come on
@@ -102,6 +115,8 @@ class Replayed:
         """One iteration; its metrics are to be read before the next one."""
         self._feed(batch, iteration)
         assert self.batch is not None
+        if self.loads != self.updates.loads:  # a checkpoint was loaded: counts have other memory than was captured
+            self.kinds, self.loads = {}, self.updates.loads
         kind = self.kind(iteration)
         known, draws = self.kinds.get(kind), self.parts.draws
         try:
@@ -114,7 +129,7 @@ class Replayed:
         finally:
             draws.clock = None
         known.graph.replay()
-        return known.metrics
+        return dict(known.metrics)
 
     def _feed(self, batch: Batch, iteration: int) -> None:
         """The iteration's data into the memory that graphs read. Nothing here waits."""

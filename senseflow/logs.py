@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 from senseflow.config import UserError
+
+FATAL = (  # what a run does not come back from
+    "the normaliser is 10 times its first value",
+    "the fake-real gap is 10 times its first value",
+    "the fake is over half the student's norm away from it",
+)
 
 Row = dict[str, float]  # "iteration" and the metrics that this iteration had
 
@@ -67,9 +73,9 @@ class MetricRing:
             self.buffer = larger
         return self.buffer
 
-    def drain(self) -> list[Row]:
-        """Every row since the last drain, in order: {"iteration": k, name: value}."""
-        host = [] if self.buffer is None else self.buffer[: self.used].tolist()
+    def drain(self, mean: Callable[[Tensor], Tensor] = lambda t: t) -> list[Row]:
+        """Every row since the last drain, in order: {"iteration": k, name: value}. mean: over ranks, of all values."""
+        host = [] if self.buffer is None or not self.used else mean(self.buffer[: self.used]).tolist()
         out, at = [], 0
         for iteration, names in self.rows:
             part = host[at : at + len(names)]
@@ -80,19 +86,23 @@ class MetricRing:
         return out
 
 
+class Diverged(UserError):
+    """A monitor's limit that stops a run, or sends it back to the last checkpoint."""
+
+
 class Monitors:
     """Warnings about a run that goes wrong, each said once.
 
     A metric is judged by its mean over the last WINDOW rows that have it, as single rows of a small
     batch say little; "first" is the first full window of this process.
-    max_nonfinite: non-finite updates of one network in a row that stop the run. Set `last_good` to
-    the newest checkpoint's path, for that message.
+    max_nonfinite: non-finite updates of one network in a row that stop the run. strict: what a run does not come back
+    from does too. Set `last_good` to the newest checkpoint's path, for that message.
     """
 
     WINDOW = 20
 
-    def __init__(self, max_nonfinite: int, last_good: Path | str | None = None):
-        self.max_nonfinite = max_nonfinite
+    def __init__(self, max_nonfinite: int, last_good: Path | str | None = None, strict: bool = False):
+        self.max_nonfinite, self.strict = max_nonfinite, strict
         self.last_good = last_good
         self.skipped: dict[str, int] = defaultdict(int)  # non-finite updates so far, by network
         self.in_a_row: dict[str, int] = defaultdict(int)
@@ -101,8 +111,9 @@ class Monitors:
         self.said: set[str] = set()
 
     def check(self, rows: Sequence[Row]) -> list[str]:
-        """New warnings from drained rows. Raises UserError when updates of one network were skipped
-        max_nonfinite times in a row."""
+        """New warnings from drained rows. Raises Diverged when updates of one network were skipped max_nonfinite times
+        in a row, and if strict for a metric that is not finite, a normaliser or a gap 10 times its first value, or a
+        fake over half the student's norm away."""
         warnings = []
         for row in rows:
             for text in [*self._skips(row), *self._judge(row)]:
@@ -110,6 +121,22 @@ class Monitors:
                     self.said.add(text)
                     warnings.append(f"iteration {row['iteration']:.0f}: {text}")
         return warnings
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on judging by, plain types."""
+        windows = {k: list(w) for k, w in self.windows.items()}
+        return dict(
+            skipped=dict(self.skipped), in_a_row=dict(self.in_a_row), windows=windows, first=dict(self.first),
+            said=sorted(self.said),
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped.update(state.get("skipped", {}))
+        self.in_a_row.update(state.get("in_a_row", {}))
+        for key, values in state.get("windows", {}).items():
+            self.windows[key].extend(values)
+        self.first.update(state.get("first", {}))
+        self.said.update(state.get("said", []))
 
     def _skips(self, row: Row) -> list[str]:
         found = []
@@ -124,14 +151,23 @@ class Monitors:
             self.in_a_row[name] += 1
             found.append(f"a non-finite {name} update was skipped (later ones are only counted)")
             if self.in_a_row[name] >= self.max_nonfinite:
-                good = f"; last good checkpoint: {self.last_good}" if self.last_good else ""
-                raise UserError(
+                raise Diverged(
                     f"{name}: {self.in_a_row[name]} non-finite updates in a row at iteration "
-                    f"{row['iteration']:.0f}: lower its learning rate, then --resume{good}"
+                    f"{row['iteration']:.0f}: lower its learning rate, then --resume{self._good()}"
                 )
         return found
 
+    def _good(self) -> str:
+        return f"; last good checkpoint: {self.last_good}" if self.last_good else ""
+
     def _judge(self, row: Row) -> list[str]:
+        found = self._judged(row)
+        fatal = [text for text in found if self.strict and ("not finite" in text or text in FATAL)]
+        if fatal:
+            raise Diverged(f"iteration {row['iteration']:.0f}: {fatal[0]}{self._good()}")
+        return found
+
+    def _judged(self, row: Row) -> list[str]:
         found = []
         mean: dict[str, float] = {}
         for key in ("normaliser", "fake_real_gap", "d_accuracy", "saturation"):
@@ -146,16 +182,13 @@ class Monitors:
                 self.first.setdefault(key, mean[key])
         change = {k: v / self.first[k] for k, v in mean.items() if self.first[k] > 0}
         for text, bad in (
-            ("the normaliser is 10 times its first value", change.get("normaliser", 1) > 10),
+            (FATAL[0], change.get("normaliser", 1) > 10),
             (
                 "the normaliser is under a tenth of its first value: it enlarges the gradient",
                 change.get("normaliser", 1) < 0.1,
             ),
-            ("the fake-real gap is 10 times its first value", change.get("fake_real_gap", 1) > 10),
-            (
-                "the fake is over half the student's norm away from it",
-                row.get("ida_drift", 0) > 0.5,
-            ),
+            (FATAL[1], change.get("fake_real_gap", 1) > 10),
+            (FATAL[2], row.get("ida_drift", 0) > 0.5),
             (
                 "the discriminator is always right (accuracy over 0.99)",
                 mean.get("d_accuracy", 0) > 0.99,
@@ -207,6 +240,21 @@ def _json(row: Row) -> str:
     """One line of strict JSON: it has no NaN or infinity, so these become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class NoLog:
+    """What `RunLog` is on the ranks that write nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def metrics(self, rows: Sequence[Row]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 class RunLog:

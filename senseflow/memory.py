@@ -37,6 +37,65 @@ def nbytes(tensors: Iterable[Tensor], ranks: int = 1, rounding: int = 1) -> int:
     return total
 
 
+# -- operations on shapes ------------------------------------------------------------------------------------------
+
+_results: dict[Any, tuple[type, list[Any]]] = {}  # of operations on meta tensors met before: (type, its elements)
+
+
+class _NoKey(Exception):
+    """An argument that is no key, or a tensor with numbers."""
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise _NoKey
+        return tuple(value.shape), value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((k, _key(v)) for k, v in value.items())
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout)):
+        return type(value), value
+    raise _NoKey
+
+
+def _on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs). On meta tensors what comes out is known from the arguments' shapes and dtypes, so one that
+    was met before is not run again: most of a plan's time went there. Not for operations that write or give views."""
+    schema = func._schema
+    if any(a.alias_info for a in schema.arguments) or not any(isinstance(a, (Tensor, list, tuple)) for a in args):
+        return func(*args, **kwargs)
+    try:
+        key = (func, _key(args), _key(kwargs))
+    except _NoKey:
+        return func(*args, **kwargs)
+    if key not in _results:
+        out = func(*args, **kwargs)
+        whole = out if isinstance(out, (list, tuple)) else [out]
+        if all(_fills(t) if isinstance(t, Tensor) else t is None or type(t) is int for t in whole):
+            layout = [(tuple(t.shape), t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in whole]
+            _results[key] = type(out), layout
+        return out
+    kind, layout = _results[key]
+    made = [torch.empty_strided(t[0], t[1], dtype=t[2], device="meta") if type(t) is tuple else t for t in layout]
+    return kind(made) if kind in (list, tuple) else made[0]
+
+
+def _fills(t: Tensor) -> bool:
+    """Whether a tensor is the whole of its storage, as `empty_strided` would make it."""
+    return (
+        t.is_meta
+        and t.storage_offset() == 0
+        and t.untyped_storage().nbytes()
+        == t.element_size()
+        * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0)
+    )
+
+
+# -- the ledger ----------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Peak:
     """The moment of most memory. parts: bytes by the phase that made them; gradients: of the weights, held."""
@@ -71,8 +130,11 @@ class Ledger(TorchDispatchMode):
         finally:
             self._phase, self.inside = before
 
+    def moves(self, name: str, count: float) -> None:
+        """What a profiler is told of traffic is nothing to a ledger."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _on_meta(func, args, kwargs or {})
         self._count(out)
         return out
 
@@ -153,16 +215,20 @@ class Row:
     host: float = 0.0
 
 
+def gb(size: float) -> str:
+    """In 1e9 bytes, to the megabyte, below 10 MB to the kilobyte."""
+    return f"{size / GB:.3f}" if size >= 1e7 or not size else f"{size / GB:.6f}"
+
+
 def cells(rows: Sequence[Row], total: float, room: float, reserve: float) -> list[list[str]]:
     """The table's cells: rows of any size, the reserve, the sum, what the device has."""
-    shown = [[r.part, r.what, f"{r.device / GB:.3f}", f"{r.host / GB:.3f}" if r.host else ""] for r in rows
-             if r.device or r.host]  # fmt: skip
+    shown = [[r.part, r.what, gb(r.device), gb(r.host) if r.host else ""] for r in rows if r.device or r.host]
+    if reserve:
+        shown.append(["kept free", "context, libraries, fragmentation", gb(reserve), ""])
     host = sum(r.host for r in rows)
-    shown.append(["kept free", "context, libraries, fragmentation", f"{reserve / GB:.3f}", ""])
-    shown.append(["sum", "", f"{total / GB:.3f}", f"{host / GB:.3f}" if host else ""])
+    shown.append(["sum", "", gb(total), gb(host) if host else ""])
     left = room - total
-    shown.append(["device", f"{left / GB:.1f} GB left" if left >= 0 else f"{-left / GB:.1f} GB too few",
-                  f"{room / GB:.3f}", ""])  # fmt: skip
+    shown.append(["device", f"{gb(abs(left))} GB {'left' if left >= 0 else 'too few'}", gb(room), ""])
     return shown
 
 

@@ -24,7 +24,19 @@ FP32 = {
 }  # fmt: skip
 WIDEST = {"cat", "stack", "addcmul", "addcdiv", "dot", "index_put", "scatter_add"}
 
-_active: list[Autocast] = []
+_active: list[_Mode] = []
+
+
+class _Mode(TorchFunctionMode):
+    """One that `again` knows while it is on."""
+
+    def __enter__(self) -> Any:
+        _active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _active.remove(self)
+        super().__exit__(*error)
 
 
 def _cast(value: Any, to: Any) -> Any:
@@ -49,7 +61,7 @@ def _dtypes(values: Any) -> set[torch.dtype]:
     return found
 
 
-class Autocast(TorchFunctionMode):
+class Autocast(_Mode):
     """CUDA's autocast to `dtype` for meta tensors; like it, keeps the cast of an fp32 weight until its end."""
 
     def __init__(self, dtype: torch.dtype):
@@ -57,12 +69,7 @@ class Autocast(TorchFunctionMode):
         self.dtype = dtype
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __enter__(self) -> Any:
-        _active.append(self)
-        return super().__enter__()
-
     def __exit__(self, *error: Any) -> None:
-        _active.remove(self)
         self._weights.clear()
         super().__exit__(*error)
 
@@ -94,9 +101,10 @@ def exact(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def active() -> Autocast | None:
-    """The innermost one that is on."""
-    return _active[-1] if _active else None
+def again() -> list[AbstractContextManager[Any]]:
+    """The modes that are on, to be entered once more, outermost first: torch takes them off around a backward."""
+    return [Autocast(m.dtype) if isinstance(m, Autocast) else StandsFor(m.device_type) for m in _active
+            if isinstance(m, (Autocast, StandsFor))]  # fmt: skip
 
 
 class Uninitialised(TorchFunctionMode):
@@ -111,7 +119,7 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class StandsFor(TorchFunctionMode):
+class StandsFor(_Mode):
     """Inside, attention of meta tensors makes what it makes on a device of this type: "cuda" (any of the memory-saving
     kernels: output and one fp32 a row and head) or "cpu"."""
 
@@ -121,11 +129,13 @@ class StandsFor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "scaled_dot_product_attention" or not args[0].is_meta:
+        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k, v = (given[name] for name in names[:3])
+        if not q.is_meta:
+            return func(*args, **kwargs)
         if self.device_type == "cpu":
             mask = given.get("attn_mask")
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[0]

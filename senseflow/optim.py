@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from senseflow.config import Config, UserError
+from senseflow.dist import local
 from senseflow_kernels import AdamW, HostAdamW
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
@@ -82,17 +83,19 @@ def scheduled_lr(
 
 
 @torch.no_grad()
-def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    params: Sequence[Tensor], max_norm: float, across: Callable[[Tensor], Tensor] = lambda norm: norm
+) -> Tensor:
     """Scales all gradients together to an L2 norm of at most max_norm (0: leaves them).
 
     Returns the norm before, a 0-d fp32 tensor on the device; 0 where there are no gradients. Its
     sums are fp32 whatever the gradients' dtype. A norm that is not finite spoils the gradients:
-    look at it with apply_if_finite.
+    look at it with apply_if_finite. across: from the norm of this rank's shards to the whole one.
     """
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [local(p.grad) for p in params if p.grad is not None]
     if not grads:
         return torch.zeros((), device=params[0].device if len(params) else None)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+    norm = across(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32))))
     if max_norm > 0:
         torch._foreach_mul_(grads, clip_coefficient(norm, max_norm))
     return norm

@@ -10,9 +10,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.isg import ErrorCurve
-from senseflow.config import Config, UserError, replace, settings
+from senseflow.config import Config, UserError, replace
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
-from senseflow.memory import CUDA_ROUNDING, GB, Ledger, Row, cells, device_bytes, nbytes
+from senseflow.memory import CUDA_ROUNDING, GB, Ledger, Row, device_bytes, nbytes
 from senseflow.meta import StandsFor, Uninitialised
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import EmbeddedAdapter
@@ -55,12 +56,12 @@ class Target:
     ranks: int
 
 
-def target_of(cfg: Config, ranks: int = 1) -> Target:
-    """By memory.device_gb and memory.ranks, else the device that is here and the run's ranks."""
+def target_of(cfg: Config) -> Target:
+    """By memory.device_gb and memory.ranks, else the device that is here and the ranks that torchrun started."""
     found, size = device_bytes()
     if cfg.memory.device_gb:
         found, size = "cuda", cfg.memory.device_gb * GB
-    return Target(found, size, cfg.memory.ranks or ranks)
+    return Target(found, size, cfg.memory.ranks or int(os.environ.get("WORLD_SIZE", 1)))
 
 
 # -- the networks, from configs alone ------------------------------------------------------------------------------
@@ -91,6 +92,10 @@ def config_folder(cfg: Config) -> Iterator[str]:
         name = "unet" if "UNet" in public.network[0] else "transformer"
         for part, sizes in ((name, public.network), ("vae", public.vae)):
             build(sizes).save_config(f"{folder}/{part}")
+        for number, (kind, config) in enumerate(public.texts, 1):  # an adapter reads widths there
+            part = Path(folder) / ("text_encoder" if number == 1 else f"text_encoder_{number}")
+            part.mkdir()
+            (part / "config.json").write_text(json.dumps({"architectures": [kind], **config}))
         yield folder
 
 
@@ -99,14 +104,15 @@ class PlannedAdapter:
 
     def __init__(self, adapter: Any, net: Any, dtype: torch.dtype, guided: bool):
         self._adapter, self._shape, self._dtype, self._guided = adapter, adapter.text_shape(net), dtype, guided
+        self.where = META  # of the prompts; bench.memory puts all of it on a GPU
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._adapter, name)
 
     def prompts(self, batch: int) -> Condition:
         tokens, width, pooled = self._shape
-        embeds = torch.empty(batch, tokens, width, dtype=self._dtype, device=META)
-        return Condition(embeds, torch.empty(batch, pooled, dtype=self._dtype, device=META))
+        embeds = torch.zeros(batch, tokens, width, dtype=self._dtype, device=self.where)
+        return Condition(embeds, torch.zeros(batch, pooled, dtype=self._dtype, device=self.where))
 
     def uncond(self, batch: int) -> Condition | None:
         return None if self._guided else self.prompts(batch)
@@ -236,6 +242,11 @@ class Backward:
     def lam(self, metrics: dict[str, Tensor]) -> float:
         return 1.0
 
+    def step_parts(self, losses: Any, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
+        for loss, _ in losses:
+            self.step(loss, iteration, *names)
+        return {}
+
     def step(self, loss: Tensor, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
         inputs = [p for name in names for p in self.params[name]]
         with ExitStack() as stack, self.parts.phase("backward"):
@@ -248,12 +259,12 @@ class Backward:
         return {}
 
 
-def planned_batch(cfg: Config, parts: Parts) -> Batch:
+def planned_batch(cfg: Config, parts: Parts, device: torch.device = META) -> Batch:
     """One rank's batch, of pixels that are still to be encoded."""
     a: Any = parts.adapter
     size, side = cfg.data.batch, cfg.model.side
-    pixels = torch.empty(size, 3, side, side, device=META)
-    samples = torch.empty(size, dtype=torch.int64, device=META)
+    pixels = torch.zeros(size, 3, side, side, device=device)
+    samples = torch.zeros(size, dtype=torch.int64, device=device)
     return Batch(pixels, pixels, a.prompts(size), samples, encoded=a.vae is None)
 
 
@@ -285,13 +296,12 @@ def measured(cfg: Config, parts: Parts, iterate: Iterate, device_type: str) -> L
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: of the training's fullest moment. total: of them, the reserve, or more where the start needs more."""
+    """rows: of the run's fullest moment. total: their bytes on a device, and the reserve."""
 
     config: Config
     target: Target
     rows: list[Row]
     total: float
-    start: float
 
     @property
     def fits(self) -> bool:
@@ -299,20 +309,20 @@ class Plan:
 
 
 class Planner:
-    """Plans of one config and of others with its switches changed. What they share is measured once."""
+    """Plans of one config, and of others with its SWITCHES changed alone. What they share is measured once."""
 
     def __init__(self, cfg: Config, target: Target, iterate: Iterate, make_discriminator: Discriminator):
         self.target, self.iterate, self.make = target, iterate, make_discriminator
         self._parts: dict[Any, Parts] = {}
         self._ledgers: dict[Any, Ledger] = {}
-        self._stays: dict[Any, list[Row]] = {}
+        self._states: dict[Any, list[Row]] = {}
         self.text = text_encoder_bytes(cfg)
 
     def _local(self, cfg: Config) -> Config:
         return replace(cfg, {"data.batch": math.ceil(cfg.data.batch / self.target.ranks)})
 
     def parts(self, cfg: Config) -> Parts:
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision)
+        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision == "fp32")
         if key not in self._parts:
             with self._device():
                 self._parts[key] = planned_parts(cfg, self.make)
@@ -325,19 +335,20 @@ class Planner:
 
     def stays(self, cfg: Config) -> list[Row]:
         """Rows that are there from the start to the end."""
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
-        if key not in self._stays:
-            parts, ranks = self.parts(cfg), self.target.ranks
-            rows = [*weight_rows(cfg, parts, ranks), *optimizer_rows(cfg, parts, ranks)]
-            rows.append(communication_row(cfg, parts, ranks))
-            if self.text and not cached(cfg):
-                rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
-            self._stays[key] = rows
-        return self._stays[key]
+        plain = {"model.checkpointing": "none", "disc.checkpointing": False, "optim.in_backward": False}
+        cfg = replace(cfg, plain)  # what makes no difference here
+        parts, ranks = self.parts(replace(cfg, {"model.teacher_dtype": "model"})), self.target.ranks
+        key = (cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
+        if key not in self._states:
+            self._states[key] = optimizer_rows(cfg, parts, ranks)
+        rows = [*weight_rows(cfg, self.parts(cfg), ranks), *self._states[key], communication_row(cfg, parts, ranks)]
+        if self.text and not cached(cfg):
+            rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
+        return rows
 
     def ledger(self, cfg: Config) -> Ledger:
         cfg = replace(cfg, {"model.teacher_dtype": "model"})  # of little weight here: a layer made wider at a time
-        key = (cfg.model, cfg.lora, cfg.disc, cfg.train.precision, cfg.data.batch)
+        key = (cfg.model, cfg.disc, cfg.train.precision == "fp32")
         if key not in self._ledgers:
             with self._device():
                 self._ledgers[key] = measured(self._local(cfg), self.parts(cfg), self.iterate, self.target.type)
@@ -355,9 +366,11 @@ class Planner:
             rows.append(Row(NAMES.get(phase, "step"), what, size))
         rows.append(Row("data", f"{cfg.data.prefetch} batches ahead", cfg.data.prefetch * self._batch(cfg)))
         reserve = cfg.memory.reserve_gb * GB if self.target.type == "cuda" else 0.0
-        extra = 0.0 if cached(cfg) else self.text
-        start = sum(r.device for r in stays) + self.text - extra + reserve
-        return Plan(cfg, self.target, rows, max(sum(r.device for r in rows) + reserve, start), start)
+        total = sum(r.device for r in rows)
+        start = sum(r.device for r in stays) + (self.text if cached(cfg) else 0.0)
+        if start > total:  # the encoders are gone before there are activations
+            rows.append(Row("text encoders", "at the start, beyond the step", start - total))
+        return Plan(cfg, self.target, rows, max(total, start) + reserve)
 
     def _batch(self, cfg: Config) -> float:
         batch = planned_batch(self._local(cfg), self.parts(cfg))
@@ -369,68 +382,3 @@ def cached(cfg: Config) -> bool:
     from senseflow.data.cache import is_cache
 
     return not cfg.data.path or is_cache(cfg.data.path)
-
-
-# -- what makes it fit ---------------------------------------------------------------------------------------------
-
-# Each: its values from the least thrifty, and what one of them costs beside another flag. The order of equals is that
-# of the costs: time first, then exactness, then both.
-SWITCHES: tuple[tuple[str, tuple[Any, ...], float], ...] = (
-    ("disc.checkpointing", (False, True), 1.0),
-    ("model.checkpointing", ("none", "selective", "full"), 1.1),
-    ("optim.in_backward", (False, True), 1.3),
-    ("train.moments", ("fp32", "bf16", "8bit"), 1.5),
-    ("model.teacher_dtype", ("model", "fp8"), 1.7),
-    ("train.precision", ("fp32", "split", "stochastic"), 2.0),
-    ("optim.host", (False, True), 3.0),
-)
-
-
-def thriftier(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """Every config with some switches set thriftier, and those; fewest first, then the least cost."""
-    now = {name: value for name, (_, value, _) in settings(cfg).items()}
-    choices = []
-    for name, values, cost in SWITCHES:
-        at = values.index(now[name])
-        if name == "train.precision" and at == 0:  # fp32 stays where the arithmetic is fp32
-            values, at = values[:1] if cfg.model.dtype == "fp32" else values, 0
-        choices.append([(name, value, (cost + 0.1 * k) if k else 0.0) for k, value in enumerate(values[at:])])
-    sets = []
-    for combination in itertools.product(*choices):
-        changed = {name: value for name, value, cost in combination if cost}
-        sets.append((len(changed), sum(cost for _, _, cost in combination), changed))
-    for _, _, changed in sorted(sets, key=lambda s: s[:2]):
-        try:
-            yield changed, replace(cfg, changed)
-        except UserError:  # two that exclude each other, or another optimizer's
-            continue
-
-
-def smallest(planner: Planner, cfg: Config) -> tuple[dict[str, Any], Plan] | None:
-    """(switches, plan) of the smallest set that fits; None where none does."""
-    for changed, config in thriftier(cfg):
-        if sum(r.device for r in planner.stays(config)) <= planner.target.bytes:  # else no need to run it
-            plan = planner.plan(config)
-            if plan.fits:
-                return changed, plan
-    return None
-
-
-def flags(changes: dict[str, Any]) -> str:
-    """As they are typed."""
-    return " ".join(f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
-                    for name, value in changes.items())  # fmt: skip
-
-
-COLUMNS = ("part", "what", "GB on the device", "GB on the host")
-
-
-def report(plan: Plan) -> tuple[str, Sequence[str], list[list[str]]]:
-    """(title, columns, rows) of a plan's table."""
-    cfg, target = plan.config, plan.target
-    reserve = cfg.memory.reserve_gb * GB if target.type == "cuda" else 0.0
-    one = "each of " if target.ranks > 1 else ""
-    local = math.ceil(cfg.data.batch / target.ranks)
-    what = {"cuda": "GPU", "cpu": "machine without a GPU"}[target.type]
-    title = f"memory plan: {cfg.preset} on {one}{target.ranks} {what}{'s' if target.ranks > 1 else ''}, batch {local}"
-    return title + (" each" if one else ""), COLUMNS, cells(plan.rows, plan.total, target.bytes, reserve)

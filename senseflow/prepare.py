@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,35 +110,51 @@ class Progress:
         print(f"{self.kind} {self.done:,}/{self.total:,}  {rate:.1f}/s  {left:.1f} min left", flush=True)
 
 
-def shard_total(kind: str, options: Options, items: Items) -> tuple[int, int]:
-    """(shards, samples) of a kind; of prompts once the image shards are there."""
-    count = len(items.selection.keep)
-    shard_count = math.ceil(count / options.shard)
-    if kind == "prompts":
-        count = len(shards.distinct_captions(Path(options.out), shard_count))
-    return math.ceil(count / options.shard), count
+class Plan:
+    """Which shards of a kind there are to make: their number, their samples (or prompts), what each is of. That of
+    prompts can be made once the image shards are there."""
+
+    def __init__(self, kind: str, options: Options, items: Items):
+        self.kind, self.size, self.folder = kind, options.shard, Path(options.out)
+        self.samples = len(items.selection.keep)
+        self.shards = math.ceil(self.samples / self.size)
+        self.captions: list[str] = []
+        if kind == "prompts":
+            self.captions = list(shards.distinct_captions(self.folder, self.shards))
+            self.samples = len(self.captions)
+            self.shards = math.ceil(self.samples / self.size)
+
+    def captions_of(self, number: int) -> list[str]:
+        """The prompts of a prompt shard."""
+        return self.captions[number * self.size : (number + 1) * self.size]
+
+    def finished(self, number: int) -> dict[str, Any] | None:
+        """A shard's record, where it is there."""
+        captions = self.captions_of(number) if self.kind == "prompts" else None
+        return shards.finished(self.folder, self.kind, number, captions)
+
+    def done(self) -> int:
+        """Samples, or prompts, of the shards that are there."""
+        there = (n for n in range(self.shards) if self.finished(n) is not None)
+        return sum(min(self.size, self.samples - n * self.size) for n in there)
 
 
-def make_shards(kind: str, maker: Maker, options: Options, mine: range, count: Any) -> None:
+def make_shards(plan: Plan, maker: Maker, mine: range, count: Any) -> None:
     """Makes those shards of `mine` that are not there. Raises UserError when a file cannot be written, or too many
     samples are unusable."""
-    folder, items = Path(options.out), maker.items
-    captions: list[str] = []
-    if kind == "prompts":
-        captions = list(shards.distinct_captions(folder, shard_total("images", options, items)[0]))
+    items = maker.items
     skipped, tried = Skipped(items.source.path, len(items.selection.keep)), 0
     for number in mine:
-        record = shards.finished(folder, kind, number)
+        record = plan.finished(number)
         if record is None:
-            if kind == "images":
+            if plan.kind == "images":
                 tensors, record = maker.images_of(number, count)
             else:
-                tensors, record = maker.prompts_of(
-                    captions[number * options.shard : (number + 1) * options.shard], count
-                )
-            with shards.writing(folder):
-                shards.write_shard(folder, kind, number, tensors, record)
-        if kind == "images":
+                tensors, record = maker.prompts_of(plan.captions_of(number), count)
+                record["captions"] = shards.digest_of(plan.captions_of(number))
+            with shards.writing(plan.folder):
+                shards.write_shard(plan.folder, plan.kind, number, tensors, record)
+        if plan.kind == "images":
             tried += len(maker.shard(number))
             skipped.add(shards.skips_of(record), tried)
 
@@ -158,9 +175,9 @@ def _process(kind: str, options: Options, cfg: Config, rank: int, processes: int
         device = (
             torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        maker = Maker(cfg, options, choose(cfg, quiet=True), device)
-        total, _ = shard_total(kind, options, maker.items)
-        make_shards(kind, maker, options, range(rank, total, processes), count)
+        with closing(Maker(cfg, options, choose(cfg, quiet=True), device)) as maker:
+            plan = Plan(kind, options, maker.items)
+            make_shards(plan, maker, range(rank, plan.shards, processes), count)
     except UserError as error:
         faults.put(str(error))
 
@@ -195,31 +212,42 @@ def in_processes(kind: str, options: Options, cfg: Config, processes: int, progr
             process.join()
 
 
-def settings_of(options: Options, cfg: Config, items: Items, adapter: Any) -> dict[str, Any]:
+def settings_of(options: Options, cfg: Config, items: Items, maker: Maker) -> dict[str, Any]:
     """Everything that decides a cache's bytes, as recorded and compared."""
     d, e = cfg.disc, cfg.eval
-    out = setting_fields(cfg) | {f"weights.{k}": v for k, v in identity(adapter).items()}
+    out = setting_fields(cfg) | {f"weights.{k}": v for k, v in identity(maker.adapter).items()}
+    decoder = "" if maker.decoder is None else maker.decoder.name  # auto's is another where there is a GPU
     out |= {k: getattr(options, k) for k in ("latents", "latents_dtype", "pixels", "shard", "batch")}
     features = {"disc.backbone": d.backbone, "disc.taps": list(d.taps), "disc.size": d.size}
     teacher = {"steps": options.teacher_samples, "guidance": e.teacher_guidance, "shift": e.teacher_shift}
     kind = "source" if items.source.has_images else "teacher" if options.teacher_samples else "none"
     return out | {
-        "images": kind, "source": items.fingerprint, "decoder": cfg.data.decoder,
+        "images": kind, "source": items.fingerprint, "decoder": decoder,
         "features": features if options.features else {}, "teacher_samples": teacher if options.teacher_samples else {},
     }  # fmt: skip
 
 
-def check_space(folder: Path, maker: Maker, missing: int) -> None:
-    """Says how much the samples still to be made take; raises UserError where the disk has less."""
-    parts = space(maker)
-    needed, free = sum(parts.values()) * missing, shutil.disk_usage(folder).free
-    each = ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in parts.items())
-    print(
-        f"a sample: {each or 'its prompt alone'}; {missing:,} to make: {needed / 1e9:.3g} GB, then the prompts",
-        flush=True,
-    )
+def check_space(plan: Plan, maker: Maker, missing: int) -> None:
+    """Says how much what is still to be made takes; raises UserError where the disk has less."""
+    if not missing:
+        return
+    free, prompt = shutil.disk_usage(plan.folder).free, maker.prompt_bytes()
+    if plan.kind == "images":
+        parts = space(maker)
+        needed = sum(parts.values()) * missing
+        each = "".join(f"{name} {size / 1e6:.3g} MB, " for name, size in parts.items())
+        print(
+            f"a sample: {each}its prompt {prompt / 1e6:.3g} MB; {missing:,} to make: {needed / 1e9:.3g} GB, and "
+            f"{prompt * missing / 1e9:.3g} GB if each has a prompt of its own; {free / 1e9:.3g} GB are free",
+            flush=True,
+        )
+    else:
+        needed = prompt * missing
     if needed > free:
-        raise UserError(f"cache {folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        raise UserError(
+            f"cache {plan.folder}: {needed / 1e9:.1f} GB are needed for {missing:,} {plan.kind} and "
+            f"{free / 1e9:.1f} GB are free"
+        )
 
 
 def prepare(options: Options, cfg: Config) -> None:
@@ -231,23 +259,22 @@ def prepare(options: Options, cfg: Config) -> None:
         )
     cuda = torch.cuda.is_available()
     processes = options.processes or max(torch.cuda.device_count(), 1)
-    with shards.locked(folder):
-        maker = Maker(cfg, options, items, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    with shards.locked(folder), closing(Maker(cfg, options, items, device)) as maker:
         with shards.writing(folder):
-            shards.begin(folder, settings_of(options, cfg, items, maker.adapter))
-        totals = {}
+            shards.begin(folder, settings_of(options, cfg, items, maker))
+        plans = {}
         for kind in ("images", "prompts"):
-            total, samples = totals[kind] = shard_total(kind, options, items)
-            there = [n for n in range(total) if shards.finished(folder, kind, n) is not None]
-            done = sum(min(options.shard, samples - n * options.shard) for n in there)
-            if kind == "images":
-                check_space(folder, maker, samples - done)
-            progress = Progress(kind, samples, done)
-            if processes == 1 or done == samples:
-                make_shards(kind, maker, options, range(total), progress.add)
+            plan = plans[kind] = Plan(kind, options, items)
+            done = plan.done()
+            check_space(plan, maker, plan.samples - done)
+            progress = Progress(kind, plan.samples, done)
+            if processes == 1 or done == plan.samples:
+                make_shards(plan, maker, range(plan.shards), progress.add)
             else:
+                maker.adapter.free_text()  # the processes have their own
                 in_processes(kind, options, cfg, processes, progress)
-            progress.done = samples
+            progress.done = plan.samples
             progress.say()
         first = shards.finished(folder, "prompts", 0)
         assert first is not None
@@ -260,8 +287,8 @@ def prepare(options: Options, cfg: Config) -> None:
         with shards.writing(folder):
             total = len(items.selection.keep) + sum(s.samples for s in dropped)
             skipped = Skipped(str(folder), total, dropped)
-            kept = shards.finish(folder, totals["images"][0], totals["prompts"][0], items.sizes, skipped, extra)
-    print(f"{kept:,} samples, {totals['prompts'][1]:,} prompts in {folder}; train with --data {folder}", flush=True)
+            kept = shards.finish(folder, plans["images"].shards, plans["prompts"].shards, items.sizes, skipped, extra)
+    print(f"{kept:,} samples, {plans['prompts'].samples:,} prompts in {folder}; train with --data {folder}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,10 @@ class Profiler:
         count twice."""
         return self._phase(name) if self.enabled else _NOTHING
 
-    def moves(self, name: str, count: float) -> None:
-        """Of the phase `name`, now: that it reads and writes `count` bytes at the least."""
+    def moves(self, name: str, count: Callable[[], float]) -> None:
+        """Of the phase `name`, now: that it reads and writes count() bytes at the least."""
         if self.enabled and self.mode == "time":
-            self.moved[name].append(count)
+            self.moved[name].append(count())
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -120,6 +120,7 @@ class Run:
     def net(self, extractor: str) -> Any:
         """The loaded extractor, one at a time: they are large. Raises UserError where its weights are missing."""
         if extractor not in self.nets:
+            self.nets.clear()
             self.nets = {extractor: EXTRACTORS[extractor](self.given, self.device)}
             self.abouts[extractor] = self.nets[extractor].about
         return self.nets[extractor]

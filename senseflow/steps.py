@@ -21,6 +21,7 @@ from senseflow.algo.isg import ErrorCurve, adaptive_midpoint, isg_term, midpoint
 from senseflow.algo.rollout import backward_simulation
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
+from senseflow.dist import World
 from senseflow.draws import Draws
 from senseflow.flow import add_noise, constants, omega, prediction_to_x0
 from senseflow.models import vae as autoencoder
@@ -43,7 +44,9 @@ class Parts:
     draws: Draws
     curve: ErrorCurve | None = None  # xi(t), for isg.midpoint = adaptive
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # the profiler's, under --profile
-    moves: Callable[[str, float], None] = lambda _name, _bytes: None  # what a phase reads and writes; the same
+    moves: Callable[[str, Callable[[], float]], None] = lambda _phase, _bytes: None  # bytes of a phase; the same
+    world: World = field(default_factory=World)
+    skeleton: nn.Module | None = None  # the student without numbers, where it is sharded: its form to save
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Step:
     x0: Tensor  # [B, C, H, W] what it means as x0
     silent: bool = False  # omega is 0 for every sample of the global batch: no adversarial term, as the host knows
     fake_taps: list[Tensor] | None = None  # backbone taps of x0, where the generator's step made them
+    reference: list[Tensor] | None = None  # backbone taps of r, where they are needed
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ from senseflow.models.families import DTYPES, make_adapter
 from senseflow.models.loading import load_component, local_folder, network_class
 
 RECORD = "senseflow.json"
+SHIPPED = ("updates/student", "updates/ema")  # the tensors of a checkpoint that are read here
 Weights = Literal["", "ema", "raw"]  # "": what the run ships, the EMA where it keeps one
 
 
@@ -97,7 +98,7 @@ class Student:
         path = self.state or newest_checkpoint(self.path) or newest_checkpoint(self.path.absolute().parent)
         if path is None:
             raise UserError(f"{self.path}: a LoRA is read from a run's checkpoints, and there are none")
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, *SHIPPED)
         cfg, updates = from_dict(state["config"]), state["updates"]
         if cfg.model.variant != "lora":
             raise UserError(f"{self.path} has no LoRA: it was trained with model.variant = {cfg.model.variant!r}")
@@ -125,7 +126,7 @@ def _put_ema(path: Path, named: list[tuple[str, nn.Parameter]], updates: dict[st
 def _from_checkpoint(path: Path, folder: Path | None, adapter: Any, family: str, weights: Weights) -> nn.Module:
     """The student of a checkpoint, its tensors as saved. Its structure, without any weights, is that of `folder`, or
     else of the teacher. Raises UserError where that is another."""
-    updates = checkpoint.load(path)["updates"]
+    updates = checkpoint.load(path, *SHIPPED)["updates"]
     changes: dict[str, Any] = {}
     if folder is None:
         folder = local_folder(getattr(adapter, "source", None) or adapter.folder, [adapter.network])
@@ -148,7 +149,7 @@ def find_student(path: Path, weights: Weights = "") -> Student:
     weights "ema" or "raw" of a run means those of its newest checkpoint; "" its `student` folder.
     Raises UserError when there is none.
     """
-    if (path / checkpoint.STATE).is_file():
+    if checkpoint.is_checkpoint(path):
         return _of_checkpoint(path, weights)
     folder = path / "student" if (path / "student").is_dir() else path
     if weights:
@@ -171,7 +172,7 @@ def _of_checkpoint(path: Path, weights: Weights) -> Student:
     folder = path.absolute().parent.parent / "student"
     if (folder / RECORD).is_file():
         return Student(path, folder, path, _read(folder / RECORD), weights)
-    cfg = from_dict(checkpoint.load(path)["config"])
+    cfg = from_dict(checkpoint.load(path, "config")["config"])
     m = cfg.model
     schedule = DiffusionSchedule() if m.family == "sdxl" else FlowSchedule(m.shift, m.shift_kind)
     record = dict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from senseflow.algo.ida import AdaptiveLambda, ida_update
 from senseflow.config import Config
+from senseflow.dist import Leaves, World, local
 from senseflow.models.lora import load_trained_state, trainable, trained_state
 from senseflow.optim import Ema, apply_if_finite, clip_coefficient, clip_grad_norm_, make_optimizer, scheduled_lr
 from senseflow.steps import Parts
 from senseflow_kernels import HostAdamW, join_fp32
 
 
-def _note(found: Tensor, grad: Tensor) -> None:
-    """found becomes 1 where a gradient is not finite."""
-    found.copy_(torch.maximum(found, (~torch.isfinite(grad).all()).float()))
+def _note(world: World, found: Tensor, grad: Tensor) -> None:
+    """found becomes above 0 where a gradient is not finite, on any rank."""
+    found.copy_(world.mean(torch.maximum(found, (~torch.isfinite(grad).all()).float())))
 
 
 def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
@@ -38,7 +39,7 @@ def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
     return gradient + moments + 2 * (cfg.train.precision == "split" and p.dtype == torch.bfloat16)
 
 
-def bytes_moved(optimizer: Any, params: list[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
+def bytes_moved(optimizer: Any, params: Sequence[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
     """Bytes that a step of a network reads and writes at the least: its gradient twice (for the norm first), weight and
     moments there and back; with the student's, phi and EMA too."""
     total = 0.0
@@ -62,20 +63,23 @@ class Updates:
 
     def __init__(self, cfg: Config, parts: Parts):
         t = cfg.train
-        self.cfg, self.parts = cfg, parts
+        self.cfg, self.parts, self.world = cfg, parts, parts.world
         self.params = {
             "student": trainable(parts.student),
             "fake": trainable(parts.fake),
         }
         if parts.disc is not None:
             self.params["disc"] = list(parts.disc.parameters())
+        self.leaves = Leaves({name: getattr(parts, name) for name in self.params}, self.params)
         self.lr = {"student": t.lr, "fake": t.fake_lr, "disc": t.disc_lr}
+        self.rate = 1.0  # of all learning rates, lowered when a run goes back to a checkpoint
         self.adaptive = AdaptiveLambda(cfg.ida.lam) if cfg.ida.mode == "adaptive" else None
         self.ema = None
         if cfg.ema.decay > 0:
             self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
         self.one_pass = cfg.optim.name == "senseflow"
         self.keep_grads = False  # zeroed where they are instead of freed: CUDA graphs need them there
+        self.loads = 0  # of checkpoints, after which states have other memory
         self.rates: dict[str, Tensor] = {}  # learning rates on the device, which CUDA graphs read there
         self.optimizers: dict[str, Any] = {}
         for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
@@ -94,42 +98,72 @@ class Updates:
         """The rate of a network in this iteration."""
         t = self.cfg.train
         left = 0.0 if name == "student" else t.cooldown_others
-        return scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown, left)
+        return self.rate * scheduled_lr(iteration, self.lr[name], t.warmup, t.iterations, t.cooldown, left)
 
     def lam(self, metrics: dict[str, Tensor]) -> float | Tensor:
         """IDA's lam of this generator iteration, from its fake_real_gap where it adapts. Once for each."""
-        return self.cfg.ida.lam if self.adaptive is None else self.adaptive.update(metrics["fake_real_gap"])
+        if self.adaptive is None:
+            return self.cfg.ida.lam
+        return self.adaptive.update(self.world.mean(metrics["fake_real_gap"]))
 
     def step(
         self, loss: Tensor, iteration: int, *names: str, lam: float | Tensor = 1.0, x0: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """One backward into the named networks, then clip and Adam step of each; a network is skipped where the loss or
-        its gradient norm is not finite. Nothing else gets a gradient: requires_grad is never toggled.
+        """`step_parts` of a batch in one part."""
+        return self.step_parts([(loss, x0)], iteration, *names, lam=lambda: lam)
 
-        lam: of IDA, right after the student's step (paper.md 1.3), then the EMA. x0: what the student's gradients come
-        through; with optim.in_backward, which steps on a weight before all gradients are known, everything is skipped
-        where the loss or dL/dx0 is not finite, and then each tensor for itself.
+    def step_parts(
+        self, losses: Iterable[tuple[Tensor, Tensor | None]], iteration: int, *names: str,
+        lam: Callable[[], float | Tensor] = lambda: 1.0, parts: int = 1,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """A backward into the named networks for each part of the batch, then clip and Adam step of each; a network is
+        skipped, on every rank alike, where the loss or its gradient norm is not finite on any. Nothing else gets a
+        gradient: requires_grad is never toggled.
+
+        losses: of `parts` equal parts, as they are asked for: (mean over the part, x0, what the student's gradients
+        come through, or None); with optim.in_backward, which steps on a weight before all gradients are known,
+        everything is skipped where the loss or dL/dx0 is not finite, and then each tensor for itself. lam: of IDA,
+        asked for after the last loss, right after the student's step (paper.md 1.3), then the EMA.
         """
-        inputs = [p for name in names for p in self.params[name]]
         self._set_rates(iteration, *names)
         inside = [name for name in names if self.cfg.optim.in_backward and name != "disc"]
-        if not inside:
+        if inside:
+            ((loss, x0),) = losses
+            return self._step_inside(loss, x0, iteration, names, inside, lam())
+        total: Tensor | float = 0.0
+        for loss, _ in losses:
+            share = loss if parts == 1 else loss / parts
             with self.parts.phase("backward"):
-                loss.backward(inputs=inputs)
-            return self._apply(loss.detach(), iteration, *names, lam=lam)
-        found, seen = (~torch.isfinite(loss.detach())).float(), {}
+                self.leaves.backward(share, *names)
+            total = share.detach() if parts == 1 else total + share.detach()
+        self.leaves.clear()
+        assert isinstance(total, Tensor)
+        for name in names:
+            with self.parts.phase("reduce"):
+                self.world.reduce_gradients(self.params[name])
+        return self._apply(total, iteration, *names, lam=lam())
+
+    def _step_inside(
+        self, loss: Tensor, x0: Tensor | None, iteration: int, names: tuple[str, ...], inside: list[str],
+        lam: float | Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The step of each weight as its gradient appears, where `inside`; of the others after the backward."""
+        found, seen = self.world.mean((~torch.isfinite(loss.detach())).float()), {}
         with self.parts.phase("backward + AdamW"), ExitStack() as stack:
             if x0 is not None and x0.requires_grad:
-                stack.callback(x0.register_hook(partial(_note, found)).remove)
+                stack.callback(x0.register_hook(partial(_note, self.world, found)).remove)
             for name in inside:
                 how = dict(found_inf=found, clip=self.cfg.train.clip, **self._followers(name, lam))
                 seen[name] = stack.enter_context(self.optimizers[name].in_backward(**how))
-            loss.backward(inputs=inputs)
+            self.leaves.backward(loss, *names)
+        self.leaves.clear()
         metrics = {}
         for name, one in seen.items():
             metrics |= {f"{name}_grad_norm": one.norm, f"{name}_skipped": (one.skipped > 0).float()}
             metrics[f"{name}_tensors_skipped"] = one.skipped
         rest = [name for name in names if name not in inside]
+        for name in rest:
+            self.world.reduce_gradients(self.params[name])
         return metrics | self._apply(loss.detach(), iteration, *rest)
 
     def coast(self, iteration: int, name: str) -> dict[str, Tensor]:
@@ -141,12 +175,16 @@ class Updates:
         self._set_rates(iteration, name)
         return self._apply(torch.zeros((), device=self.params[name][0].device), iteration, name)
 
+    def _across(self, name: str) -> Callable[[Tensor], Tensor]:
+        """From a norm of this rank's part of a network to the whole one."""
+        return partial(self.world.norm, sharded=name != "disc")
+
     def _set_rates(self, iteration: int, *names: str) -> None:
         for name in names:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = self.rates[name] if name in self.rates else self.scheduled(name, iteration)
 
-    def _clear(self, params: list[Tensor]) -> None:
+    def _clear(self, params: Sequence[Tensor]) -> None:
         """After a step: no gradient is left, or zeros in its place."""
         if self.keep_grads:
             for p in params:
@@ -165,12 +203,13 @@ class Updates:
 
     def _apply(self, loss: Tensor, iteration: int, *names: str, lam: float | Tensor = 1.0) -> dict[str, Tensor]:
         metrics = {}
+        loss = self.world.mean(loss)
         for name in names:
             optimizer, params, limit = self.optimizers[name], self.params[name], self.cfg.train.clip
             phase = "clip + AdamW + IDA + EMA" if self.one_pass else "clip + AdamW"
-            self.parts.moves(phase, bytes_moved(optimizer, params, self.has_ida, self.ema, name))
+            self.parts.moves(phase, partial(bytes_moved, optimizer, params, self.has_ida, self.ema, name))
             with self.parts.phase(phase):
-                norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit)
+                norm = clip_grad_norm_(params, 0.0 if self.one_pass else limit, self._across(name))
                 finite = torch.isfinite(loss) & torch.isfinite(norm)
                 if self.one_pass:
                     how = dict(coefficient=clip_coefficient(norm, limit), **self._followers(name, lam))
@@ -204,17 +243,20 @@ class Updates:
                 optimizer.wait()
 
     def exact(self, name: str) -> Iterator[Tensor]:
-        """The weights of a network as they are kept, one after another: bf16 and its other half joined to fp32."""
+        """This rank's part of a network's weights as they are kept, one after another: bf16 and its other half joined
+        to fp32."""
         self.ready()
         optimizer = self.optimizers[name]
         lows = optimizer.lows() if self.cfg.train.precision == "split" else [None] * len(self.params[name])
         for p, low in zip(self.params[name], lows, strict=True):
-            yield p.detach() if low is None else join_fp32(p.detach(), low.to(p.device))
+            mine = local(p.detach())
+            yield mine if low is None else join_fp32(mine, local(low).to(p.device))
 
     def state(self) -> dict[str, Any]:
         self.ready()
         named: dict[str, Any] = {"student": trained_state(self.parts.student)}
         named["fake"] = trained_state(self.parts.fake)
+        named["rate"] = self.rate
         if self.parts.disc is not None:
             named["disc"] = self.parts.disc.state_dict()
         named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
@@ -226,6 +268,8 @@ class Updates:
 
     def load(self, state: dict[str, Any]) -> None:
         self.ready()
+        self.loads += 1
+        self.rate = state.get("rate", 1.0)
         load_trained_state(self.parts.student, state["student"])
         load_trained_state(self.parts.fake, state["fake"])
         if self.parts.disc is not None:
@@ -236,3 +280,14 @@ class Updates:
             self.ema.load_state_dict(state["ema"])
         if self.adaptive is not None:
             self.adaptive.load_state_dict(state["adaptive"])
+
+
+def drift(updates: Updates) -> Tensor:
+    """IDA drift: || phi - theta || / || theta || over what trains, a device scalar. With LoRA that is the distance of
+    the effective weights over what the student has learned, as A's rows are orthonormal; 0 before any update."""
+    gap, size = [], []
+    for phi, theta in zip(updates.exact("fake"), updates.exact("student"), strict=True):  # no second copy of a network
+        gap.append(torch._foreach_norm([phi.float() - theta.float()])[0])
+        size.append(torch._foreach_norm([theta.float()])[0])
+    whole, apart = (updates.world.norm(torch.linalg.vector_norm(torch.stack(x))) for x in (size, gap))
+    return apart / whole.clamp_min(1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,14 +21,6 @@ WAITS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "repeat_interleave.Tensor",
 }  # fmt: skip
-
-
-AUTOCAST = torch.autocast
-
-
-def nullcontext_of_meta(device: str, *rest: Any, **kwargs: Any) -> Any:
-    """torch.autocast, which the meta device has not."""
-    return nullcontext() if device == "meta" else AUTOCAST(device, *rest, **kwargs)
 
 
 class HostSync(AssertionError):

@@ -204,3 +204,10 @@ def test_precision_demonstration():
     assert rows["split"] == rows["fp32"] | dict(form="split")
     ulp, move = 2**-12, 40e-6  # of weights up to 0.1; of theta, whose elements move least
     assert abs(rows["stochastic"]["theta share"] - 1) < 5 * 2**-9 * ulp / move
+
+
+def test_the_table_in_the_data_docs_is_that_of_its_raw_file():
+    from bench.data import table
+
+    raw = json.loads((harness.ROOT / "bench/results/data-cpu-intel-r-xeon-r-processor-2-80ghz.json").read_text())
+    assert table(raw) in (harness.ROOT / "docs/data.md").read_text()

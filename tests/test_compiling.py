@@ -139,3 +139,9 @@ def test_off_compiles_nothing_and_buckets_are_refused(tmp_path):
     buckets = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=True))
     with pytest.raises(UserError, match=r"kernels.compile = 'blocks': allowed is off with data.buckets = True"):
         compile_parts(parts, buckets)
+    selective = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, checkpointing="selective"))
+    with pytest.raises(UserError, match=r"allowed is off with model.checkpointing = 'selective'"):
+        compile_parts(parts, selective)
+    blocks = len(regions(parts, cfg))
+    kept = dataclasses.replace(cfg, disc=dataclasses.replace(cfg.disc, checkpointing=True))
+    assert len(regions(parts, kept)) == blocks - (max(cfg.disc.taps) + 1)

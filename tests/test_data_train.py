@@ -9,6 +9,7 @@ from data_sets import caption, jpeg, write_bad_folder, write_folder, write_tar, 
 from tiny_pipelines import write_sdxl
 
 from senseflow.config import Config, Data, UserError
+from senseflow.data.dali import why_not
 from senseflow.data.stream import open_stream
 from senseflow.draws import Draws
 from senseflow.models.adapter import Condition
@@ -55,14 +56,18 @@ def stream(path, **fields):
     return open_stream(cfg, Text(), Draws(0), CPU)
 
 
-def test_a_set_with_every_bad_case_trains_to_the_end(teacher, tmp_path):
+with_dali = pytest.mark.skipif(bool(why_not()), reason=f"no DALI: {why_not()}")
+
+
+@pytest.mark.parametrize("decoder", ["pil", pytest.param("dali", marks=with_dali)])
+def test_a_set_with_every_bad_case_trains_to_the_end(teacher, tmp_path, decoder):
     """302 usable pictures and one of each bad kind, one epoch: exact counts by reason in the run's skipped.jsonl."""
     expected = write_bad_folder(tmp_path / "set", 300)
     items = 302 + sum(expected.values()) - 4  # the listing itself drops a picture without caption and three rows
     out = tmp_path / "run"
     steps = -(-items // 45)
     flags = ["--train.iterations", str(steps), "--data.batch", "45", "--model.side", "32"]
-    assert run(teacher, tmp_path / "set", out, *flags) == 0
+    assert run(teacher, tmp_path / "set", out, *flags, "--data.decoder", decoder) == 0
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert {why: sum(row["reason"] == why for row in listed) for why in expected} == expected
     assert len(listed) == sum(expected.values()) == len({row["key"] for row in listed})

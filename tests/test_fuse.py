@@ -12,8 +12,9 @@ from senseflow.cli import parse
 from senseflow.config import Kernels, UserError
 from senseflow.export import save_student
 from senseflow.models import families
+from senseflow.shipping import student_for_use
 from senseflow.steps import encoded
-from senseflow.train import build, iterate, main, student_for_use
+from senseflow.train import build, iterate, main
 from senseflow.updates import Updates
 from senseflow_kernels import _mmdit_blocks, attention, mmdit
 

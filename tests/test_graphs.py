@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_meta import NoSync, nullcontext_of_meta, parts_on_meta, to_meta
+from on_meta import NoSync, parts_on_meta, to_meta
 from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import train
 from senseflow.cli import parse
 from senseflow.config import UserError
 from senseflow.draws import Draws
-from senseflow.graphs import Captured, Replayed, advance, reason_against
+from senseflow.graphs import Captured, Replayed, advance, reason_against, too_much
 from senseflow.steps import encoded
 from senseflow.train import build, iterate
 from senseflow.updates import Updates
@@ -99,6 +99,21 @@ def test_static_memory_and_replays_change_no_bit(made):
     assert {silent for _, _, silent in kinds} == {True, False} and any(length is None for _, length, _ in kinds)
 
 
+def test_a_checkpoint_is_loaded_between_replays(made):
+    """Its counts lie in other memory, so what was captured is dropped; and what it hands out is the caller's."""
+    cfg, parts, data = made("cpu", "--rollout.backward_prob", "0", "--disc.skip_silent", "false")
+    mine = own(parts)
+    updates = Updates(cfg, mine)
+    run = Played(cfg, mine, updates, iterate)
+    for i in (0, 2, 4):
+        run(data.batch(i, 2), i)["ida_drift"] = torch.zeros(())
+    (known,) = run.kinds.values()
+    assert known is not None and "ida_drift" not in known.metrics
+    updates.load(copy.deepcopy(updates.state()))
+    run(data.batch(6, 2), 6)
+    assert list(run.kinds.values()) == [None]
+
+
 def test_what_was_not_captured_runs_on(made, caplog):
     """auto: said once, and the same weights; on: an error."""
     cfg, parts, data = made("cpu")
@@ -124,7 +139,6 @@ def test_nothing_in_a_capture_waits_or_copies_from_the_host(made, monkeypatch):
     """What CUDA forbids while it captures, on the meta device: the iteration, its rates and clock on the device."""
     cfg, parts, data = made("cpu")
     parts_on_meta(parts)
-    monkeypatch.setattr(torch, "autocast", nullcontext_of_meta)
     monkeypatch.setattr(adamw, "adamw_reference", lambda *_: None)  # test_no_sync has it
     run = Replayed(cfg, parts, Updates(cfg, parts), iterate, capture=False)
     batches = [to_meta(data.batch(i, 2)) for i in range(6)]
@@ -156,6 +170,8 @@ def test_where_graphs_cannot_be_is_said(made, monkeypatch):
         advance(on, parts, updates, iterate)
     gpu = torch.device("cuda")
     assert reason_against(cfg, gpu) is None and "--profile" in reason_against(cfg, gpu, profile=True)
+    size = sum(p.numel() * p.element_size() for some in updates.params.values() for p in some)
+    assert too_much(updates, 50 * size) is None and "GB; --graphs on" in (too_much(updates, 49 * size) or "")
     for flag in ("--optim.host=true", "--optim.in_backward=true", "--optim.name=torch", "--ida.mode=adaptive"):
         reason = reason_against(parse([flag], "").config, gpu)
         assert reason is not None and flag[2:].partition("=")[0] in reason

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "senseflow_kernels senseflow senseflow.config senseflow.meta",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.profile_page senseflow.presets"
-    " senseflow.cli senseflow.memory senseflow.data.packages senseflow.models.adapter",
-    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.metrics senseflow.single_file"
-    " senseflow.ablation",
+    " senseflow.cli senseflow.memory senseflow.watch senseflow.data.packages senseflow.models.adapter",
+    2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.saving senseflow.metrics"
+    " senseflow.single_file senseflow.ablation",
     3: "senseflow.algo senseflow.scores",
-    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.student senseflow.sample"
+    4: "senseflow.draws senseflow.steps senseflow.updates senseflow.iteration senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export senseflow.compiling senseflow.graphs",
-    5: "senseflow.evaluate senseflow.scoring senseflow.encoding senseflow.prepare senseflow.pretrain"
-    " senseflow.planning",
+    5: "senseflow.evaluate senseflow.scoring senseflow.encoding senseflow.prepare senseflow.pretrain senseflow.planning"
+    " senseflow.fitting senseflow.resuming senseflow.shipping",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }

@@ -1,8 +1,11 @@
 """Batches by threads: exact coverage on any number of ranks and threads, resume, faults that are heard."""
 
 import random
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +135,57 @@ def test_a_batch_that_does_not_come_stops_the_run():
         made.batch(0, 4)
     released.set()
     made.close()
+
+
+STUCK = """
+import sys, threading
+from senseflow.config import UserError
+from senseflow.data.threads import Threads, result
+threads = Threads(2, "stuck")
+assert threads.map(abs, [-1, -2, -3]) == [1, 2, 3]
+future = threads.submit(threading.Event().wait)
+try:
+    result(future, 0.1, "batch")
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_thread_that_is_stuck_does_not_keep_the_process_from_ending():
+    """In a read of a disk that is gone, say. concurrent.futures' own threads would be waited for."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", STUCK], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1, "no batch for 0.1 s (data.timeout): is the data's disk or network gone?\n"
+    )  # fmt: skip
+
+
+def test_a_timeout_of_the_readers_own_is_not_the_loops():
+    class Late(Numbered):
+        def load(self, task):
+            raise TimeoutError("the server's")
+
+    made = loader(Late(), 9, workers=1)
+    with pytest.raises(TimeoutError, match="the server's"):
+        made.batch(0, 2)
+    made.close()
+
+
+def test_closing_waits_for_what_is_in_progress_and_drops_the_rest():
+    begun, done = threading.Event(), []
+
+    class Slow(Numbered):
+        def load(self, task):
+            begun.set()
+            time.sleep(0.02)
+            done.append(task.item)
+            return super().load(task)
+
+    made = loader(Slow(), 400, workers=2, prefetch=2)
+    made.ahead[0, 200] = made.makers.submit(made.made, 0, 200)
+    begun.wait(10)
+    made.close()
+    assert 0 < len(done) < 100 and not any(t.is_alive() for t in (*made.pool.threads, *made.makers.threads))
 
 
 def test_nothing_but_unusable_samples_ends_with_a_line():

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from on_meta import META, HostSync, NoSync, nullcontext_of_meta, parts_on_meta, to_meta
+from on_meta import META, HostSync, NoSync, parts_on_meta, to_meta
 from test_families import SMALL, WRITE
 from tiny_pipelines import embedded_teacher, few_pictures
 
@@ -21,6 +21,7 @@ CASES = {
     "embedded, dmd2": [], "embedded, lora": ["--model.variant", "lora", "--lora.rank", "4"],
     "embedded, in backward": ["--optim.in_backward", "true"], **{preset: [] for preset in WRITE},
 }  # fmt: skip
+FAST = ["embedded", "sd35-medium", "flux-dev", "sdxl"]
 BF16 = ["--model.dtype", "bf16", "--train.precision", "split"]
 ON_GPU = CASES | {"embedded, torch": ["--optim.name", "torch"], "sd35-large, split": BF16}
 
@@ -48,28 +49,39 @@ def one_of_each(cfg, parts):
         if is_silent(parts, cfg, i):
             found.setdefault("silent", i)
     assert len(found) >= 4
-    return sorted(found.values())
+    return sorted(set(found.values()))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_iteration_never_waits_for_the_device(case, folders, monkeypatch):
-    """Generator and critic iterations, by rollout and by forward noising, and what is kept of them until the log."""
+def watched(case, folders, monkeypatch, some):
+    """Iterations of `some` (of those of one_of_each), each after one that does not count: constants are copied once."""
     monkeypatch.setattr(train, "load_variants", few_pictures)
-    monkeypatch.setattr(torch, "autocast", nullcontext_of_meta)
     monkeypatch.setattr(adamw, "adamw_reference", lambda *_: None)  # below, as it takes meta tensors seconds
     cfg = settings(case, folders)
     parts, data = build(cfg, torch.device("cpu"))
     parts_on_meta(parts)
     updates, ring = Updates(cfg, parts), MetricRing()
-    wanted = one_of_each(cfg, parts)
+    wanted = some(one_of_each(cfg, parts))
     for iteration in [wanted[0], *wanted]:
         batch = to_meta(data.batch(iteration, cfg.data.batch))
-        with nullcontext() if ring.buffer is None else NoSync() as watch:  # constants are copied to the device once
+        with nullcontext() if ring.buffer is None else NoSync() as watch:
             batch = encoded(parts, batch, iteration)
             metrics = iterate(cfg, parts, updates, batch, iteration)
             metrics["ida_drift"] = drift(updates)
             ring.put(iteration, metrics)
         assert metrics["fake"].device == META and (watch is None or watch.seen > 100)
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_an_iteration_never_waits_for_the_device(case, folders, monkeypatch):
+    """A generator's and a critic's iteration, and what is kept of them until the log."""
+    watched(case, folders, monkeypatch, lambda all: [next(i for i in all if i % 2), next(i for i in all if not i % 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_no_kind_of_iteration_waits_for_the_device(case, folders, monkeypatch):
+    """By rollout and by forward noising, silent ones, all families and variants."""
+    watched(case, folders, monkeypatch, lambda all: all)
 
 
 @pytest.mark.parametrize("precision, moments", [("split", torch.float32), ("stochastic", torch.bfloat16),

@@ -1,12 +1,13 @@
 """Caches: equal to the images they were made of, refused where they do not suit."""
 
 import json
+import random
 import shutil
 
 import pytest
 import torch
 from data_sets import jpeg, write_bad_folder, write_folder
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
@@ -20,7 +21,7 @@ from senseflow.updates import Updates
 pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
 WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write_sd3, "flux-dev": write_flux,
-         "sdxl": write_sdxl}  # fmt: skip
+         "sdxl": write_sdxl, "flux2-klein": write_klein}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=3",
     "data.workers=2", "train.gen_every=1", "isg.midpoint=uniform", "disc.taps=-1,2", "disc.size=28", "disc.width=8",
@@ -70,7 +71,7 @@ def batches(cfg, count=4):
     return found
 
 
-SLOW = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("sd35-medium", "sd35-large")]
+SLOW = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("sd35-medium", "sd35-large", "flux2-klein")]
 
 
 @pytest.mark.parametrize("preset", [*SLOW, "flux-dev", "sdxl"])
@@ -141,6 +142,56 @@ def test_a_cut_shard_is_a_reason(sdxl_cache, tmp_path):
             read_row(str(path), "pixels.64x64", 1)
     with pytest.raises(BadSample, match="missing file"):
         read_row(str(tmp_path / "none"), "pixels.64x64", 1)
+
+
+def test_spoiled_headers_are_a_reason_whatever_they_say(sdxl_cache, tmp_path):
+    """A digit of the header changed at random: a row of the shape it should have, or BadSample; never another row."""
+    shard = sdxl_cache[1] / "shards" / "images-00001.safetensors"
+    data, r, bad = shard.read_bytes(), random.Random(0), 0
+    length = int.from_bytes(data[:8], "little")
+    good = read_row(str(shard), "mean.64x64", 1)
+    for n in range(300):
+        spoiled = bytearray(data)
+        spoiled[8 + r.randrange(length)] = ord(r.choice('0123456789"[]{},:x'))
+        path = tmp_path / f"{n}.safetensors"
+        path.write_bytes(spoiled)
+        try:
+            found = read_row(str(path), "mean.64x64", 1)
+        except BadSample as error:
+            assert error.reason == "corrupt shard"
+            bad += 1
+        else:
+            assert found.shape == good.shape and found.dtype == good.dtype
+    assert bad > 100
+    with pytest.raises(BadSample, match=r"mean\.64x64 has 2 rows, not 3"):
+        read_row(str(shard), "mean.64x64", 2)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "index.json", "index.safetensors"])
+def test_a_spoiled_cache_is_one_line(sdxl_cache, tmp_path, name):
+    made, whole = sdxl_cache
+    out = tmp_path / "cache"
+    shutil.copytree(whole, out)
+    (out / name).write_bytes((out / name).read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{name} cannot be read .*: copy the cache again, or prepare another"):
+        build(config("sdxl", made[2], out), CPU)
+
+
+def test_a_cache_of_another_format_is_refused(sdxl_cache, tmp_path):
+    made, whole = sdxl_cache
+    out = tmp_path / "cache"
+    shutil.copytree(whole, out)
+    (out / "index.json").write_text((out / "index.json").read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2, allowed is 1"):
+        build(config("sdxl", made[2], out), CPU)
+
+
+def test_what_is_no_cache_is_not_written_into(sdxl_cache, pictures, capsys):
+    flags = sdxl_cache[0]
+    before = sorted(path.name for path in pictures.iterdir())
+    assert prepare([*flags, "--out", str(pictures)]) == 2
+    assert "is no cache, it holds 0000.jpg: give a folder of its own" in capsys.readouterr().err
+    assert sorted(path.name for path in pictures.iterdir()) == before
 
 
 REFUSED = [

@@ -190,21 +190,60 @@ def test_verify_names_what_is_not_as_it_was_written(made, tmp_path, capsys):
     shutil.copytree(whole, out)
     assert (
         prepare(["--verify", "--out", str(out)]) == 0
-        and "11 files as they were written, 0 not" in capsys.readouterr().out
+        and "23 files as they were written, 0 not" in capsys.readouterr().out
     )
     shard = out / "shards" / "images-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
     (out / "shards" / "prompts-00002.safetensors").unlink()
+    record = out / "shards" / "images-00003.json"
+    record.write_bytes(record.read_bytes().replace(b"star", b"moon"))
     assert prepare(["--verify", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
     assert f"{shard}: its checksum differs" in printed and "prompts-00002.safetensors: No such file" in printed
+    assert f"{record}: its checksum differs" in printed and "20 files as they were written, 3 not" in printed
     with pytest.raises(UserError, match=r"lacks shards/prompts-00002.safetensors"):
         build(parse(["sdxl", "--teacher", flags[2], "--data", str(out), *SMALL], "").config, CPU)
     shard.unlink()
-    assert prepare([*flags, "--out", str(out)]) == 0  # makes the two again, and only them
+    record.unlink()
+    assert prepare([*flags, "--out", str(out)]) == 0  # makes the three again, and only them
     assert contents(out) == contents(whole)
+
+
+def test_prompts_are_those_of_the_samples_whatever_became_of_them(made, tmp_path, capsys):
+    """A picture that could not be read when its shard was made, and can be when it is made again: the prompts that
+    follow it move by one, and their shards are made again with it."""
+    flags, _ = made
+    out, pictures = tmp_path / "cache", tmp_path / "pictures"
+    write_folder(pictures, 30)
+    flags = [*flags[:3], "--data", str(pictures), *flags[5:]]
+    data = (pictures / "0002.jpg").read_bytes()
+    assert prepare([*flags, "--out", str(tmp_path / "right")]) == 0
+    (pictures / "0002.jpg").write_bytes(b"\0" * len(data))  # of the same size: the same source
+    assert prepare([*flags, "--out", str(out)]) == 0
+    assert contents(out) != contents(tmp_path / "right")
+    (pictures / "0002.jpg").write_bytes(data)
+    (out / "shards" / "images-00001.safetensors").unlink()
+    capsys.readouterr()
+    assert prepare([*flags, "--out", str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "right")
+    (out / "shards" / "images-00001.json").write_text("{")
+    assert prepare([*flags, "--out", str(out)]) == 2
+    assert "images-00001.json is spoiled" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_made(made, tmp_path, monkeypatch, capsys):
+    """Nine samples of 14,336 bytes, then nine prompts, each embeds [77, 32] and pooled [16] in fp32."""
+    flags, _ = made
+    out, usage = tmp_path / "cache", shutil.disk_usage(tmp_path)
+    for rooms, kind, there in (([129_000], "images", 0), ([129_100, 89_000], "prompts", 5)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, rooms=rooms: usage._replace(free=rooms.pop(0)))
+        assert prepare([*flags, "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        assert f"0.0 GB are needed for 9 {kind} and 0.0 GB are free" in said.err
+        assert "latents 0.00205 MB, pixels 0.0123 MB, its prompt 0.00992 MB; 9 to make" in said.out
+        assert len(list((out / "shards").glob("*.safetensors"))) == there
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_is_finished(made, tmp_path, monkeypatch, capsys):

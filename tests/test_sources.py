@@ -108,6 +108,39 @@ def test_names_that_are_not_utf8_and_links_to_nowhere(tmp_path):
         assert list(read_all(found)[0]) == [f"{path}/caf\udce9", f"{path}/two\nlines"]
 
 
+def test_what_is_in_a_folder_but_no_file(tmp_path, monkeypatch):
+    """A pipe (reading it would never end), a metadata.jsonl that links to nowhere, a folder that cannot be listed."""
+    folder = write_folder(tmp_path / "set", 2)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "pipe.txt").write_text("a pipe")
+    write_folder(folder / "sub", 1)
+    (folder / "sub" / "metadata.jsonl").symlink_to(tmp_path / "nowhere")
+    write_folder(folder / "closed", 1)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_source(str(folder))
+    assert list(read_all(source)[0]) == ["0000.jpg", "0001.jpg", "sub/0000.jpg"]
+    found = {skip.key: skip.reason for skip in source.dropped}
+    assert found == {
+        "pipe.jpg": "unreadable file", "sub/metadata.jsonl": "missing file", "closed": "unreadable folder",
+    }  # fmt: skip
+
+
+def test_linked_folders_are_read_and_a_ring_ends(tmp_path):
+    write_folder(tmp_path / "elsewhere", 2)
+    folder = write_folder(tmp_path / "set", 1)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "ring").symlink_to(folder)
+    source = open_source(str(folder))
+    assert list(read_all(source)[0]) == ["0000.jpg", "linked/0000.jpg", "linked/0001.jpg"] and reasons(source) == {}
+
+
 def test_a_folder_with_everything_bad_gives_the_exact_counts(tmp_path):
     expected = write_bad_folder(tmp_path / "set", 10)
     source = open_source(str(tmp_path / "set"))
@@ -213,6 +246,33 @@ def test_img2dataset_output(tmp_path):
     assert reasons(open_source(str(tmp_path / "set"))) == {"unreadable parquet": 3}
 
 
+def test_a_table_beside_a_tar_is_part_of_the_source(tmp_path):
+    """Other captions or scores are other data, though the tar is the same; text that is no UTF-8 is a reason."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_tars(tmp_path / "set", 1, 3)
+
+    def opened(captions, aesthetic):
+        texts = pa.array(captions, pa.binary()).view(pa.string())
+        table = pa.table({"key": [f"{i:06d}" for i in range(3)], "caption": texts, "aesthetic": aesthetic})
+        pq.write_table(table, tmp_path / "set" / "00000.parquet")
+        return open_source(str(tmp_path / "set"))
+
+    first = opened([b"one", b"two", b"three"], [4.0, 5.0, 6.0])
+    assert select(first, Data(min_aesthetic=5.0)).keep.tolist() == [1, 2]
+    second = opened([b"one", b"two", b"three"], [6.0, 5.0, 4.0])
+    assert select(second, Data(min_aesthetic=5.0)).keep.tolist() == [0, 1]
+    third = opened([b"one", b"caf\xe9", b"three"], [6.0, 5.0, 4.0])
+    assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+    good, bad = read_all(third)
+    assert [captions for _, captions in good.values()] == [("one",), ("three",)]
+    assert list(bad.values()) == ["caption is not UTF-8"]
+    prompts = open_source(str(tmp_path / "set" / "00000.parquet"))
+    assert [prompts.read(i).captions for i in range(len(prompts))] == [("one",), ("three",)]
+    assert reasons(prompts) == {"caption is not UTF-8": 1}
+
+
 def test_the_released_json_list(tmp_path):
     write_folder(tmp_path / "images", 3)
     paths = ["images/0000.jpg", str(tmp_path / "images/0001.jpg"), "images/0000.jpg", "gone.jpg"]
@@ -263,6 +323,41 @@ def test_tars_behind_a_url(tmp_path):
     assert set(read_all(source)[1].values()) == {"missing file"}
     with pytest.raises(UserError, match="no file has such a name"):
         open_source("memory://nothing")
+
+
+def test_a_remote_file_systems_own_errors_are_reasons(tmp_path, monkeypatch):
+    """aiohttp's and botocore's are no OSErrors. A read is tried three times."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class PayloadError(Exception):
+        pass
+
+    def fail(*_, **__):
+        calls.append(1)
+        raise PayloadError("the connection broke")
+
+    write_tars(tmp_path / "set", 2, 3)
+    fs, calls = fsspec.filesystem("memory"), []
+    for s in range(2):
+        fs.pipe(f"/errors/{s:05d}.tar", (tmp_path / "set" / f"{s:05d}.tar").read_bytes())
+    source = open_source("memory://errors")
+    monkeypatch.setattr("senseflow.data.files.time.sleep", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cat_file", fail)
+        with pytest.raises(BadSample, match=r"unreadable file: .*PayloadError: the connection broke"):
+            source.read(0)
+        assert len(calls) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "glob", fail)
+        with pytest.raises(UserError, match=r"cannot be listed: PayloadError: the connection broke"):
+            open_source("memory://errors")
+    monkeypatch.setenv("SENSEFLOW_CACHE", str(tmp_path / "none"))
+    for method in ("info", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, method, fail)
+            with pytest.raises(UserError, match="unreadable tar PayloadError"):
+                open_source("memory://errors/{00000..00001}.tar")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from senseflow.config import UserError
 from senseflow.data.emoji import default_names, load_variants
 from senseflow.optim import make_optimizer
 from senseflow.presets import PRESETS
+from senseflow.shipping import student_for_use
 from senseflow.steps import encoded
-from senseflow.train import build, drift, iterate, student_for_use
+from senseflow.train import build, drift, iterate
 from senseflow.updates import Updates
 from senseflow_kernels import HostAdamW
 

@@ -134,7 +134,7 @@ def fused(op: str, *tensors: Tensor | None, limit: str | None = None) -> bool:
     if not torch.compiler.is_compiling() and (op, reason) not in _said:
         _said.add((op, reason))
         # On a CPU torch is the path by design; anywhere else the user expected a kernel.
-        level = logging.INFO if present[0].device.type == "cpu" or _torch_only else logging.WARNING
+        level = logging.INFO if present[0].device.type in ("cpu", "meta") or _torch_only else logging.WARNING
         log.log(level, "%s runs in torch, not in Triton: %s", op, reason)
     return False
 

@@ -12,8 +12,18 @@ from typing import Any
 from senseflow.ablation.rows import BASES, GROUPS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 
-SCORES = [("eval/kid", "KID x1000", 1), ("eval/fd", "FD", 1), ("eval/r1", "text R@1", 3), ("eval/cosine", "cosine", 3)]
-PANELS = [("eval/kid", "KID x1000"), ("fake_real_gap", "fake-real gap"), ("ida_drift", "|phi - theta| / |theta|")]
+SCORES = [
+    ("eval/kid_raw", "KID x1000", 1),
+    ("eval/kid", "dithered KID x1000", 1),
+    ("eval/fd", "FD", 1),
+    ("eval/r1", "text R@1", 3),
+    ("eval/cosine", "cosine", 3),
+]
+PANELS = [
+    ("eval/kid", "dithered KID x1000"),
+    ("fake_real_gap", "fake-real gap"),
+    ("ida_drift", "|phi - theta| / |theta|"),
+]
 TESTED = "eval/kid"
 NOTE = (
     "Mean over seeds, with the 95 % confidence interval of the mean (Student's t). Difference: row minus base over "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,26 @@ class Batch:
     items: Tensor | None = None
 
 
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """The rows of a batch in `parts` equal runs, in order; itself for one."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.samples) // parts
+    out = []
+    for rows in (slice(k * size, (k + 1) * size) for k in range(parts)):
+        some: dict[str, Any] = {name: getattr(batch, name) for name in ("mean", "logvar", "items")}
+        some = {name: None if t is None else t[rows] for name, t in some.items()}
+        cond = Condition(batch.cond.embeds[rows], batch.cond.pooled[rows])
+        reference = None if batch.reference is None else [t[rows] for t in batch.reference]
+        out.append(
+            Batch(
+                batch.latents[rows], batch.pixels[rows], cond, batch.samples[rows], encoded=batch.encoded,
+                reference=reference, **some,
+            )
+        )  # fmt: skip
+    return out
+
+
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -56,7 +77,10 @@ class EmbeddedData:
     encodes_text = False  # all of it at the start: the text encoders may go
     fingerprint = "emoji"
 
-    def __init__(self, variants: EmojiSet, cond: Condition, seed: int, device: str | torch.device):
+    def __init__(
+        self, variants: EmojiSet, cond: Condition, seed: int, device: str | torch.device, rank: int = 0, world: int = 1
+    ):
+        self.rank, self.world = rank, world
         self.images = variants.images  # uint8 [N, V, 3, H, W], on the host
         self.cond = cond.to(device)
         self.captions = variants.captions
@@ -76,10 +100,13 @@ class EmbeddedData:
         return self.cond.index(torch.zeros(1, dtype=torch.long))
 
     def batch(self, iteration: int, size: int) -> Batch:
-        """The global batch of an iteration; its samples carry the indices iteration * size + 0 ... size - 1."""
+        """This rank's rows of an iteration's batch of `size` samples, which carry the indices iteration * size + 0 ...
+        size - 1."""
         first = iteration * size
+        rows = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
         device = self.cond.embeds.device
         index = shuffled_index(self.seed, first, size, len(self))
-        pixels = to_float(on_device(pick_variants(self.images, index, self.seed * 15_485_863 + iteration), device))
-        samples = torch.arange(first, first + size, device=device)
+        uint8 = pick_variants(self.images, index, self.seed * 15_485_863 + iteration)  # drawn for the whole batch
+        index, pixels = index[rows], to_float(on_device(uint8[rows], device))
+        samples = torch.arange(first, first + size, device=device)[rows]
         return Batch(pixels, pixels, self.cond.index(on_device(index, device)), samples)

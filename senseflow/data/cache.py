@@ -42,12 +42,36 @@ def is_cache(path: str) -> bool:
     return bool(path) and (Path(path) / "settings.json").is_file()
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """One of a cache's own files. Raises UserError where it is spoiled."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy the cache again, or prepare another") from None
+
+
+def read_index(file: Path) -> dict[str, np.ndarray]:
+    """index.safetensors. Raises UserError where it is missing or spoiled."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(file.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy the cache again, or prepare another") from None
+
+
 @lru_cache(maxsize=4096)
 def header(path: str) -> tuple[int, dict[str, Any]]:
-    """(where the data begins, name -> dtype, shape, data_offsets) of a safetensors file. Raises BadSample."""
+    """(where the data begins, name -> dtype, shape, data_offsets) of a safetensors file. Raises BadSample, ValueError,
+    TypeError, KeyError, struct.error."""
     (length,) = struct.unpack("<Q", read_range(path, 0, 8))
-    fields = json.loads(read_range(path, 8, 8 + length))
-    return 8 + length, {k: v for k, v in fields.items() if k != "__metadata__"}
+    fields = {k: v for k, v in dict(json.loads(read_range(path, 8, 8 + length))).items() if k != "__metadata__"}
+    for name, field in fields.items():
+        first, last = field["data_offsets"]
+        if last - first != prod(field["shape"]) * DTYPES[field["dtype"]].itemsize:
+            raise ValueError(f"{name} is {field}")
+    return 8 + length, fields
 
 
 def read_row(path: str, name: str, row: int) -> Tensor:
@@ -57,9 +81,11 @@ def read_row(path: str, name: str, row: int) -> Tensor:
     """
     try:
         start, fields = header(path)
-        dtype, shape = DTYPES[fields[name]["dtype"]], fields[name]["shape"][1:]
-    except (struct.error, ValueError, KeyError) as error:
+        dtype, (rows, *shape) = DTYPES[fields[name]["dtype"]], fields[name]["shape"]
+    except (struct.error, ValueError, KeyError, TypeError) as error:
         raise BadSample("corrupt shard", f"{path}: {error!r}") from None
+    if row >= rows:
+        raise BadSample("corrupt shard", f"{path}: {name} has {rows} rows, not {row + 1}")
     size = prod(shape) * dtype.itemsize
     first = start + fields[name]["data_offsets"][0] + row * size
     raw = bytearray(read_range(path, first, first + size))
@@ -74,11 +100,13 @@ class CacheReader:
     batched = False
 
     def __init__(self, folder: Path):
-        from safetensors.numpy import load_file
-
         self.shards = folder / "shards"
-        self.record: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        index = load_file(folder / "index.safetensors")
+        self.record = read_json(folder / "index.json")
+        if self.record["format"] != FORMAT:
+            raise UserError(
+                f"cache {folder} has format {self.record['format']}, allowed is {FORMAT}: prepare another cache"
+            )
+        index = read_index(folder / "index.safetensors")
         self.shard, self.size, self.row = (index[k] for k in ("shard", "size", "row"))
         self.first, self.prompts = index["first"], index["prompts"]  # captions of item i: first[i] to first[i + 1]
         self.sizes = [tuple(s) for s in self.record["sizes"]]
@@ -185,7 +213,7 @@ def open_cache(
     Raises UserError for an unfinished one, missing files, and settings that differ.
     """
     folder, data = Path(cfg.data.path), cfg.data
-    check_settings(json.loads((folder / "settings.json").read_text()), cfg, made_by)
+    check_settings(read_json(folder / "settings.json"), cfg, made_by)
     if not (folder / "index.json").is_file():
         raise UserError(f"cache {folder} is not finished: run the same senseflow.prepare again, it goes on")
     reader = CacheReader(folder)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from senseflow.config import UserError
 from senseflow.data.pil import PilDecoder, opened, oriented_size, window
 from senseflow.data.samples import BadSample
+from senseflow.data.threads import Threads
 
 INSTALL = "pip install -e '.[dali]'"
 Job = tuple[bytes, tuple[float, float]]  # a file, and the place of its window
@@ -47,7 +47,6 @@ class DaliDecoder:
     Raises UserError where DALI is not installed.
     """
 
-    name = "dali"
     batched = True
 
     def __init__(self, threads: int = 4, device_id: int | None = None):
@@ -55,11 +54,12 @@ class DaliDecoder:
         if reason := why_not():
             raise UserError(f"data.decoder = 'dali': {reason}")
         self.threads, self.device_id = max(threads, 1), device_id
+        self.name = "dali" if device_id is None else "dali on a GPU"
         self.pil = PilDecoder()
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.pool = Threads(self.threads, "senseflow-dali")
         self.lock = threading.Lock()
         self.pipe: Any = None
-        self.capacity = 0
+        self.capacity, self.said = 0, False
 
     def _build(self, batch: int) -> Any:
         from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
@@ -83,16 +83,12 @@ class DaliDecoder:
 
     def decode_batch(self, jobs: Sequence[Job], size: tuple[int, int]) -> list[np.ndarray | torch.Tensor | BadSample]:
         """Of each job its picture, uint8 [height, width, 3] (on the GPU where that decodes), or why there is none."""
-        found: list[Any] = list(self.pool.map(lambda job: self._sorted_out(job, size), jobs))
+        found: list[Any] = self.pool.map(lambda job: self._sorted_out(job, size), jobs)
         ours = [i for i, f in enumerate(found) if isinstance(f, tuple)]
         if ours:
             boxes = [window(found[i], size, jobs[i][1]) for i in ours]
             with self.lock:
-                try:
-                    pictures = self._run([jobs[i][0] for i in ours], boxes, size)
-                except RuntimeError:  # one bad file fails them all, and the pipeline: Pillow says which and why
-                    self.pipe = None
-                    pictures = list(self.pool.map(lambda i: self._by_pil(jobs[i], size), ours))
+                pictures = self._decoded([jobs[i] for i in ours], boxes, size)
             for i, picture in zip(ours, pictures, strict=True):
                 found[i] = picture
         return found
@@ -103,6 +99,22 @@ class DaliDecoder:
             return plain_jpeg(job[0]) or self.pil.decode(job[0], size, job[1])
         except BadSample as error:
             return error
+
+    def _decoded(self, jobs: Sequence[Job], boxes: list[tuple[float, ...]], size: tuple[int, int]) -> list[Any]:
+        """By DALI; halved where that fails, as one bad file fails them all, and the pipeline: so what becomes of a file
+        does not depend on its neighbours. Of one alone Pillow says why, or decodes it."""
+        try:
+            return self._run([data for data, _ in jobs], boxes, size)
+        except RuntimeError as error:
+            self.pipe = None
+            if len(jobs) > 1:
+                half = len(jobs) // 2
+                return self._decoded(jobs[:half], boxes[:half], size) + self._decoded(jobs[half:], boxes[half:], size)
+            picture = self._by_pil(jobs[0], size)
+            if not isinstance(picture, BadSample) and not self.said:
+                self.said = True
+                print(f"data: what DALI cannot decode, Pillow does ({str(error).strip().splitlines()[0]})", flush=True)
+            return [picture]
 
     def _by_pil(self, job: Job, size: tuple[int, int]) -> np.ndarray | BadSample:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +30,17 @@ def _filesystem(path: str) -> tuple[Any, str]:
         raise UserError(f"data.path = {path!r}: {error}") from None
 
 
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """Around what a remote file system does: each raises errors of its library's own (aiohttp's, botocore's)."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def expand(pattern: str) -> list[str]:
     """The paths that a pattern means, sorted: {00000..00041} and {a,b} written out, then * ? [] looked up.
 
@@ -44,8 +57,12 @@ def expand(pattern: str) -> list[str]:
         if not any(c in name for c in "*?["):
             found.append(name)
         elif is_url(name):
-            fs, inner = _filesystem(name)
-            found += [fs.unstrip_protocol(path) for path in fs.glob(inner)]
+            try:
+                with _as_oserror():
+                    fs, inner = _filesystem(name)
+                    found += [fs.unstrip_protocol(path) for path in fs.glob(inner)]
+            except OSError as error:
+                raise UserError(f"data.path = {pattern!r} cannot be listed: {error}") from None
         else:
             found += glob.glob(name, recursive=True)
     if not found:
@@ -58,8 +75,9 @@ def stamp(path: str) -> tuple[int, str]:
     if not is_url(path):
         stat = os.stat(path)
         return stat.st_size, str(stat.st_mtime_ns)
-    fs, inner = _filesystem(path)
-    info = fs.info(inner)
+    with _as_oserror():
+        fs, inner = _filesystem(path)
+        info = fs.info(inner)
     marks = (info.get(k) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"))
     return int(info["size"]), str(next((m for m in marks if m), ""))
 
@@ -68,8 +86,9 @@ def open_file(path: str) -> IO[bytes]:
     """For reading from front to back, with seeks. Raises OSError."""
     if not is_url(path):
         return open(path, "rb")
-    fs, inner = _filesystem(path)
-    return fs.open(inner, "rb")
+    with _as_oserror():
+        fs, inner = _filesystem(path)
+        return fs.open(inner, "rb")
 
 
 def read_range(path: str, start: int = 0, end: int | None = None) -> bytes:
@@ -94,7 +113,8 @@ def _remote_range(path: str, start: int, end: int | None) -> bytes:
     fs, inner = _filesystem(path)
     for attempt in range(ATTEMPTS):
         try:
-            return fs.cat_file(inner, start=start or None, end=end)
+            with _as_oserror():
+                return fs.cat_file(inner, start=start or None, end=end)
         except FileNotFoundError:
             raise
         except OSError:

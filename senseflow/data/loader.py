@@ -7,8 +7,7 @@ thread is raised where the batch is asked for, and a batch that does not come st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from torch import Tensor
 from senseflow.config import UserError
 from senseflow.data.order import Order
 from senseflow.data.samples import BadSample, Skip
+from senseflow.data.threads import Threads, result
 
 MAX_ATTEMPTS = 100  # replacements of one sample: at 5 % unusable, never reached
 
@@ -82,8 +82,8 @@ class Loader:
     ):  # fmt: skip
         self.reader, self.order, self.draws, self.device = reader, order, draws, device
         self.random_crop, self.rank, self.world, self.timeout = random_crop, rank, world, timeout
-        self.pool = ThreadPoolExecutor(workers, "senseflow-data") if workers else None
-        self.makers = ThreadPoolExecutor(prefetch, "senseflow-batch") if workers else None
+        self.pool = Threads(workers, "senseflow-data") if workers else None
+        self.makers = Threads(prefetch, "senseflow-batch") if workers else None
         self.prefetch = prefetch
         self.last: int | None = None  # no batch from this number on is made ahead
         self.ahead: dict[tuple[int, int], Future[Share]] = {}
@@ -102,12 +102,7 @@ class Loader:
             wanted = number == iteration or self.last is None or number < self.last
             if wanted and (number, size) not in self.ahead:
                 self.ahead[number, size] = self.makers.submit(self.made, number, size)
-        try:
-            out = self.ahead.pop((iteration, size)).result(self.timeout)
-        except FutureTimeout:
-            raise UserError(
-                f"no batch for {self.timeout:g} s (data.timeout): is the data's disk or network gone?"
-            ) from None
+        out: Share = result(self.ahead.pop((iteration, size)), self.timeout, "batch")
         if out.event is not None:
             torch.cuda.current_stream(self.device).wait_event(out.event)
             for tensor in (*out.tensors.values(), out.samples):
@@ -116,9 +111,9 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads; batches not yet begun are dropped."""
-        for pool in (self.makers, self.pool):
+        for pool in (self.pool, self.makers):  # what a batch waits for is cancelled first
             if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.close()
 
     def tasks(self, iteration: int, size: int) -> tuple[Tensor, list[Task]]:
         """(samples int64 [b], their tasks): this rank's rows of the batch. Raises UserError where it has none."""
@@ -173,7 +168,13 @@ class Loader:
                 if isinstance(first, str):
                     out.texts[name] = [row[name] for row in done]
                 else:
-                    out.tensors[name] = self._to_device(torch.stack([row[name] for row in done]))
+                    rows = [row[name] for row in done]
+                    for row in rows if self.stream else ():
+                        if (
+                            row.is_cuda
+                        ):  # decoded there, on another stream: its memory is not free before this one has it
+                            row.record_stream(self.stream)
+                    out.tensors[name] = self._to_device(torch.stack(rows))
             out.samples = self._to_device(samples)
             out.event = self.stream.record_event() if self.stream else None
         return out

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from senseflow.config import UserError
-from senseflow.data.cache import FORMAT, differing
+from senseflow.data.cache import FORMAT, differing, read_json
 from senseflow.data.files import write_whole
 from senseflow.data.samples import Skip, Skipped
 
@@ -33,6 +33,11 @@ def shard_file(folder: Path, kind: str, number: int) -> Path:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_of(captions: Sequence[str]) -> str:
+    """sha256: binds a prompt shard to its prompts."""
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 def to_json(value: Any) -> bytes:
@@ -53,8 +58,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """This run alone writes there. Raises UserError where another does."""
+    """This run alone writes there. Raises UserError where another does, and for a folder of something else."""
     with writing(folder):
+        there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        other = next((name for name in there if name != "shards" and not name.startswith(".")), None)
+        if other and "settings.json" not in there:
+            raise UserError(f"--out {folder} is no cache, it holds {other}: give a folder of its own")
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("w")
     with handle:
@@ -62,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"cache {folder} is being written by another run") from None
-        for left in (folder / "shards").glob(".*partial*"):
+        for left in (*folder.glob(".*.partial*"), *(folder / "shards").glob(".*.partial*")):
             left.unlink()
         yield
 
@@ -93,6 +102,7 @@ def write_shard(folder: Path, kind: str, number: int, tensors: dict[str, Tensor]
         with partial.open("rb+") as f:
             os.fsync(f.fileno())
         digest = sha256_of(partial)
+        file.unlink(missing_ok=True)  # whose record is gone: the new one is not this file's
         beside = file.with_suffix(".json")
         write_whole(beside, to_json(record | {"sha256": digest}))
         partial.chmod(beside.stat().st_mode)  # safetensors makes it the owner's alone
@@ -101,13 +111,18 @@ def write_shard(folder: Path, kind: str, number: int, tensors: dict[str, Tensor]
         partial.unlink(missing_ok=True)
 
 
-def finished(folder: Path, kind: str, number: int) -> dict[str, Any] | None:
-    """A shard's record, None where the shard or the record is not there."""
+def finished(folder: Path, kind: str, number: int, captions: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """A shard's record; None where the shard or the record is not there, or where it is of other prompts than
+    `captions`. Raises UserError for one that is spoiled."""
     file = shard_file(folder, kind, number)
     record = file.with_suffix(".json")
     if not (file.is_file() and record.is_file()):
         return None
-    return json.loads(record.read_text())
+    try:
+        found = dict(json.loads(record.read_text()))
+        return found if captions is None or found["captions"] == digest_of(captions) else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{record} is spoiled ({error}): delete it and run senseflow.prepare again") from None
 
 
 def skips_of(record: dict[str, Any]) -> list[Skip]:
@@ -162,8 +177,10 @@ def finish(
     data = save({k: np.ascontiguousarray(np.array(v, np.int64)) for k, v in index.items()})
     write_whole(folder / "index.safetensors", data)
     files["index.safetensors"] = hashlib.sha256(data).hexdigest()
+    beside = [Path(name).with_suffix(".json") for name in files if name.startswith("shards")]
+    records = {str(name): sha256_of(folder / name) for name in (*beside, Path("settings.json"), Path("skipped.jsonl"))}
     counts = dict(samples=len(rows), prompts=len(captions), skipped=dict(sorted(skipped.counts.items())))
-    record = dict(format=FORMAT, sizes=sizes, tensors=sorted(tensors), files=files, **counts, **extra)
+    record = dict(format=FORMAT, sizes=sizes, tensors=sorted(tensors), files=files, records=records, **counts, **extra)
     write_whole(folder / "index.json", to_json(record))
     return len(rows)
 
@@ -174,7 +191,8 @@ def verify(folder: Path) -> Counter[str]:
     if not (folder / "index.json").is_file():
         raise UserError(f"cache {folder} is not finished: run the same senseflow.prepare again, it goes on")
     counts = Counter(good=0, bad=0)
-    for name, expected in json.loads((folder / "index.json").read_text())["files"].items():
+    index = read_json(folder / "index.json")
+    for name, expected in (index["files"] | index["records"]).items():
         try:
             flaw = "" if sha256_of(folder / name) == expected else "its checksum differs"
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,19 @@ class FolderSource(FileSource):
 
     The caption of a/b.jpg: its row in a/metadata.jsonl (`file_name`, and the caption's column) or in one of a folder
     above (`file_name` with the subfolder), else a/b.json (an object with that column), else a/b.txt, all of it one
-    caption. Files of other kinds are passed over.
+    caption. Files of other kinds are passed over. Links are followed, each folder is read once.
     """
 
     def __init__(self, path: str, columns: Sequence[str] = ()):
         super().__init__(path, [], columns)
         self.rows: dict[str, dict[str, Any]] = {}  # of the metadata.jsonl read so far, by key
-        digest = hashlib.sha256()
-        for folder, subfolders, names in os.walk(path):
+        digest, seen = hashlib.sha256(), set()
+        for folder, subfolders, names in os.walk(path, onerror=self._unreadable, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # by a link, perhaps a ring of them
+                subfolders[:] = []
+                continue
+            seen.add(real)
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             self._folder(Path(folder), sorted(names), digest)
         self.places.sort(key=lambda place: place[0])
@@ -71,6 +77,9 @@ class FolderSource(FileSource):
         if not self.places:
             why = f": {self.dropped[0].key}: {self.dropped[0].reason}" if self.dropped else ""
             raise UserError(f"data.path = {path!r}: no picture with a caption is in this folder{why}")
+
+    def _unreadable(self, error: OSError) -> None:
+        self.dropped.append(Skip(os.path.relpath(error.filename, self.path), "unreadable folder", str(error.strerror)))
 
     def _folder(self, folder: Path, names: list[str], digest: Any) -> None:
         there = set(names)
@@ -88,17 +97,25 @@ class FolderSource(FileSource):
                 continue
             text = self.rows.get(key) or str(folder / str(sidecar))
             try:
-                size = (folder / name).stat().st_size
+                there_is = (folder / name).stat()
                 found = json.dumps(text) if key in self.rows else f"{sidecar} {os.stat(folder / str(sidecar)).st_size}"
             except OSError as error:  # a link to nowhere
                 self.dropped.append(Skip(key, "missing file", str(error.strerror)))
                 continue
+            if not stat.S_ISREG(there_is.st_mode):  # reading a pipe would never end
+                self.dropped.append(Skip(key, "unreadable file", "no regular file"))
+                continue
             self.places.append((key, str(folder / name), text))
-            digest.update(f"{key}\0{size}\0{found}\n".encode(errors="surrogateescape"))
+            digest.update(f"{key}\0{there_is.st_size}\0{found}\n".encode(errors="surrogateescape"))
 
     def _metadata(self, folder: Path, where: str) -> None:
         """Adds the rows of a metadata.jsonl; lines that cannot be used are dropped, and so are later duplicates."""
-        for number, line in enumerate((folder / "metadata.jsonl").read_bytes().splitlines(), 1):
+        try:
+            lines = read_range(str(folder / "metadata.jsonl")).splitlines()
+        except BadSample as error:
+            lines = []
+            self.dropped.append(Skip(os.path.join(where, "metadata.jsonl"), error.reason, error.detail))
+        for number, line in enumerate(lines, 1):
             key = os.path.normpath(os.path.join(where, f"metadata.jsonl:{number}"))
             try:
                 row = decoded_json(line) if line.strip() else {}

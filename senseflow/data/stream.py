@@ -154,7 +154,7 @@ def open_stream(
     need images.
     """
     data = cfg.data
-    items = choose(cfg)
+    items = choose(cfg, quiet=rank > 0)
     source, selection = items.source, items.selection
     if not source.has_images:
         check_without_images(cfg)

@@ -119,7 +119,9 @@ def index_tar(path: str, texts: Sequence[str], needs_text: bool = True) -> Shard
             end = f.read(512)
     except FileNotFoundError:
         raise BadSample("missing file", path) from None
-    except (tarfile.TarError, OSError) as error:
+    except UserError:  # no driver for such a URL
+        raise
+    except Exception as error:  # tarfile's, the system's, a remote file system's own
         raise BadSample("unreadable tar", str(error)) from None
     builder.close()
     if (fault or len(end) < 512 or any(end)) and not any(reason == "half tar" for _, reason, _ in builder.dropped):
@@ -203,11 +205,15 @@ class TarSource:
         return cached_index(name, self.texts, self.needs_text)
 
     def _fingerprint(self) -> str:
-        """Of every key, offset and size; not of the shards' folder, which may move."""
+        """Of every key, offset and size, and of what stands beside a tar; not of the shards' folder, which may move."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(_raw("\n".join(shard.keys)) + b"\0" + shard.members.tobytes())
+            digest.update(_raw("\n".join(shard.keys)) + b"\0" + shard.members.tobytes() + self.beside(shard))
         return digest.hexdigest()
+
+    def beside(self, shard: Shard) -> bytes:
+        """A digest of what else its samples are made of."""
+        return b""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -267,6 +273,9 @@ class ParquetTarSource(TarSource):
         shard = super().index(name)
         self.tables[name] = KeyedTable(name.removesuffix(".tar") + ".parquet", self.columns)
         return shard
+
+    def beside(self, shard: Shard) -> bytes:
+        return self.tables[shard.path].digest
 
     def captions(self, shard: Shard, row: int, texts: list[bytes | None]) -> tuple[tuple[str, ...], dict[str, Any]]:
         meta = self.tables[shard.path].row(shard.keys[row].rpartition("/")[2])

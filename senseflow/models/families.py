@@ -76,20 +76,28 @@ def make_adapter(model: Model, device: torch.device, source: str | Path = "") ->
     return adapter
 
 
-def make_networks(cfg: Config, adapter: Any, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+def make_networks(
+    cfg: Config, adapter: Any, device: torch.device, place: Callable[[nn.Module], None] = lambda net: None
+) -> tuple[nn.Module, nn.Module, nn.Module]:
     """(teacher, student, fake) of a run, on the adapter's device, their blocks fused and checkpointed as the config
-    says. On the device "meta" without any weights. Raises UserError as its parts do."""
+    says. On the device "meta" without any weights. place: puts a full student or fake where it shall be, one after the
+    other, so that no rank holds both whole. Raises UserError as its parts do."""
     teacher = adapter.load_network(DTYPES[cfg.model.dtype])
     storage = DTYPES["fp32" if cfg.train.precision == "fp32" else "bf16"]
+    pair = []
     if cfg.model.variant == "lora":
-        student, fake = lora_pair(adapter, teacher, cfg.lora, cfg.seed)
-    else:
-        student, fake = adapter.student_of(teacher, storage), adapter.student_of(teacher, storage)
-    fuse_networks(cfg.kernels, cfg.model.family, device, student, fake, teacher)
+        pair += lora_pair(adapter, teacher, cfg.lora, cfg.seed)
+    for i in range(2):
+        if cfg.model.variant == "full":
+            pair.append(adapter.student_of(teacher, storage))
+        fuse_networks(cfg.kernels, cfg.model.family, device, pair[i])
+        checkpoint_blocks(pair[i], cfg.model.checkpointing)
+        if cfg.model.variant == "full":
+            place(pair[i])
+    fuse_networks(cfg.kernels, cfg.model.family, device, teacher)
     if cfg.model.teacher_dtype == "fp8":
         to_fp8(teacher, adapter.blocks(teacher))
-    for net in (student, fake):
-        checkpoint_blocks(net, cfg.model.checkpointing)
+    student, fake = pair
     return teacher, student, fake
 
 

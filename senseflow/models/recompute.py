@@ -43,10 +43,9 @@ class _Both(ExitStack):
 
 
 def _contexts(how: str) -> tuple[Any, Any]:
-    """(of the forward, of the recomputation), which autocasts as the forward did."""
+    """(of the forward, of the recomputation), for which shapes stand for what they did in the forward."""
     first, again = create_selective_checkpoint_contexts(_policy) if how == "selective" else (nullcontext(),) * 2
-    autocast = meta.active()
-    return first, again if autocast is None else _Both(again, meta.Autocast(autocast.dtype))
+    return first, _Both(again, *modes) if (modes := meta.again()) else again
 
 
 def run(how: str, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -105,7 +105,7 @@ class PickScore:
 
     def __init__(self, given: dict[str, str], device: torch.device):
         folder = find_folder("pickscore", given)
-        own = (folder / "preprocessor_config.json").is_file()
+        own = any((folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
         processor = folder if own else find_folder("pickscore-processor", given)
         self.about = dict(weights=str(given.get("pickscore", folder.name)), sha256=identity(folder))
         self.score = TransformersClip(folder, processor, device, True)

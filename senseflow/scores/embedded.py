@@ -18,4 +18,6 @@ class Lite0:
 
     @torch.no_grad()
     def __call__(self, pictures: list[Tensor], prompts: list[str]) -> Tensor:
-        return self.net.features(to_float(torch.stack(pictures).to(self.device))).float().cpu()
+        same = len({p.shape for p in pictures}) == 1  # photographs have any size
+        batches = [torch.stack(pictures)] if same else [p[None] for p in pictures]
+        return torch.cat([self.net.features(to_float(x.to(self.device))).float().cpu() for x in batches])

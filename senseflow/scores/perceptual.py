@@ -40,6 +40,8 @@ class LpipsDiversity:
 
     @torch.no_grad()
     def __call__(self, pictures: list[Tensor], prompts: list[str]) -> Tensor:
+        if len({p.shape for p in pictures}) > 1:
+            raise UserError("lpips compares pictures of one size, those of a prompt differ")
         x = torch.stack(pictures).to(self.device).float() / 127.5 - 1
         a, b = zip(*combinations(range(len(x)), 2), strict=True)
         return self.net(x[list(a)], x[list(b)]).mean().reshape(1, 1).cpu()

@@ -133,6 +133,8 @@ class FeatureStore:
     def rows(self, pictures: PictureSet, extractor: str, about: dict[str, Any]) -> Tensor | None:
         """fp32 [N, D] of the whole set; None while other processes have not made theirs."""
         found = []
+        if not all(file.is_file() for file in pictures.files):
+            return None
         for part in self._parts(pictures):
             rows = self._kept(*self._file(pictures, extractor, about, part))
             if rows is None:

@@ -7,17 +7,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import senseflow
 from senseflow.logs import print_table
 from senseflow.scores.published import COCO, COMPBENCH, COMPBENCH_TABLES, GENEVAL, TABLES
 from senseflow.scores.registry import METRICS
 
-PACKAGES = ("senseflow", "torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "clean-fid",
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "clean-fid",
             "torch_fidelity", "lpips", "Pillow", "numpy")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
     """Installed version of every package that a score can depend on, and of Python."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "senseflow": senseflow.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

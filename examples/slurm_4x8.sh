@@ -1,0 +1,23 @@
+#!/bin/bash
+#SBATCH --job-name=senseflow
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# sbatch examples/slurm_4x8.sh sd35-large --teacher PATH --data CACHE --out /shared/sd35-large --data.batch 32
+# dist.shard 8: each node holds one sharded copy, the nodes are replicas (HSDP); --out is on a shared file system.
+# A task per GPU, without torchrun, so that Slurm's USR1 (300 s before the end) reaches every rank: the run saves, ends
+# with status 75, and the job queues itself again and resumes.
+set -u
+out=runs/$1
+for ((i = 1; i <= $#; i++)); do [ "${!i}" = --out ] && j=$((i + 1)) && out=${!j}; done
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+resume=$(compgen -G "$out/checkpoints/step-*" > /dev/null && echo --resume)
+srun --kill-on-bad-exit=1 python -m senseflow.train "$@" --dist.shard 8 $resume
+status=$?
+[ $status -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $status
