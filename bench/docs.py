@@ -45,20 +45,19 @@ def short(value: float, digits: int) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", text)
 
 
-def evaluations(seed: int) -> list[dict[str, float]]:
-    lines = (ROOT / f"docs/tiny/seed{seed}-metrics.jsonl").read_text().splitlines()
+def evaluations(run: str) -> list[dict[str, float]]:
+    lines = (ROOT / f"docs/tiny/{run}-metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "eval/kid" in row]
 
 
-def kid(row: dict[str, float]) -> float:
-    """The undithered one, where a run has both."""
-    return row.get("eval/kid_raw", row["eval/kid"])
+SCORES = (("eval/kid_raw", 0), ("eval/kid", 0), ("eval/fd", 1), ("eval/r1", 3), ("eval/cosine", 3))
+SCORE_HEADS = ["KID x1000", "KID, dithered", "FD, dithered", "text R@1", "cosine"]
 
 
 def tiny_table() -> str:
     """README's table: seed 0, its results.json beside its evaluations."""
     results = read("docs/tiny/seed0-results.json")
-    columns = ["network calls", "KID x1000", "FD", "text R@1", "text cosine"]
+    columns = ["network calls", "KID x1000", "dithered: KID x1000", "FD", "text R@1", "text cosine"]
 
     def line(name: str, row: dict[str, str]) -> list[str]:
         return [name, *(re.sub(r"^(-?)0\.", r"\1.", row[c]) for c in columns)]
@@ -68,34 +67,40 @@ def tiny_table() -> str:
 
     few = [r for r in results if r["generator"].startswith("teacher, 4 Euler steps")]
     unguided = min((r for r in few if "w = 1," in r["generator"]), key=lambda r: float(r["KID x1000"]))
-    seen = evaluations(0)
-    middle = [row for row in seen if row["iteration"] < seen[-1]["iteration"]]
-
-    def spread(value: Callable[[dict[str, float]], float], digits: int) -> str:
-        return ", ".join(short(value(row), digits) for row in middle)
-
-    steps = ", ".join(f"{row['iteration']:.0f}" for row in middle)
+    seen = evaluations("seed0")
     rows = [
         line("teacher, 50 guided steps, another seed: the floor", find("teacher, 50 Euler steps")),
         line("teacher, 4 Euler steps, its best guidance and shift", find("teacher, 4 Euler", "its best")),
         line("teacher, 4 Euler steps, no guidance", unguided),
-        [f"student at iteration {steps}", "4", spread(kid, 0), spread(lambda r: r["eval/fd"], 1),
-         spread(lambda r: r["eval/r1"], 3), spread(lambda r: r["eval/cosine"], 3)],
+        *([f"student at iteration {row['iteration']:.0f}", "4", *scores(row)] for row in seen[:-1]),
         line(f"student at the end ({seen[-1]['iteration']:.0f})", find("student, 4 steps, renoise")),
-    ]  # fmt: skip
-    heads = ["calls", "KID x1000", "FD", "text R@1", "cosine"]
-    return table(["against the teacher's 50 guided steps", *heads], rows)
+    ]
+    return table(["against the teacher's 50 guided steps", "calls", *SCORE_HEADS], rows)
+
+
+def scores(row: dict[str, float]) -> list[str]:
+    return [short(row[name], digits) for name, digits in SCORES]
 
 
 def tiny_seeds() -> str:
-    """KID of every committed seed at its evaluations after the first."""
-    rows = []
-    for file in sorted((ROOT / "docs/tiny").glob("seed*-metrics.jsonl")):
-        seed = int(re.findall(r"\d+", file.name)[0])
-        seen = evaluations(seed)[1:]
-        rows.append([str(seed), *(short(kid(row), 0) for row in seen)])
-    steps = [f"iteration {row['iteration']:.0f}" for row in evaluations(0)[1:]]
-    return table(["KID x1000, seed", *steps], rows)
+    """The last evaluation of every committed seed, beside the teacher's rows."""
+    rows = [[f"teacher, {name}", *(short(row[k.removeprefix("eval/")], d) for k, d in SCORES)]
+            for name, row in teacher_rows().items()]  # fmt: skip
+    for seed in range(3):
+        last = evaluations(f"seed{seed}")[-1]
+        rows.append([f"student, seed {seed}, iteration {last['iteration']:.0f}", *scores(last)])
+    return table(["generator", *SCORE_HEADS], rows)
+
+
+def teacher_rows() -> dict[str, dict[str, float]]:
+    reference = read("senseflow/assets/reference/reference.json")
+    best = min(reference["few"], key=lambda row: row["kid_raw"])
+    return {"50 guided steps, another seed": reference["many"], "4 steps, its best guidance": best}
+
+
+def tiny_long() -> str:
+    """Every evaluation of the longer run."""
+    return table(["iteration", *SCORE_HEADS], [[f"{r['iteration']:.0f}", *scores(r)] for r in evaluations("long")])
 
 
 def precision_table() -> str:
@@ -140,6 +145,7 @@ GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
 NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
     "tiny-seeds": tiny_seeds,
+    "tiny-long": tiny_long,
     "precision-table": precision_table,
     "memory-table": memory_table,
     **{f"ablation-{group}": ablation(group) for group in GROUPS},

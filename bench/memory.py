@@ -19,15 +19,14 @@ import torch
 from bench.harness import environment
 from senseflow.cli import parse
 from senseflow.config import Config, UserError
+from senseflow.fitting import flags, smallest
 from senseflow.logs import print_table
 from senseflow.memory import GB
 from senseflow.planning import (
     Planner,
     busy_iteration,
-    flags,
     planned_batch,
     planned_parts,
-    smallest,
     target_of,
 )
 from senseflow.presets import PRESETS

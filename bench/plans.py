@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from senseflow.cli import parse
+from senseflow.fitting import flags, report, smallest
 from senseflow.logs import print_table
-from senseflow.planning import Planner, flags, report, smallest, target_of
+from senseflow.planning import Planner, target_of
 from senseflow.train import build_discriminator, iterate
 
 ONE_H200, ONE_80 = "--memory.device_gb 149", "--memory.device_gb 80"

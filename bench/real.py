@@ -32,6 +32,7 @@ from senseflow.cli import parse
 from senseflow.compiling import compile_parts
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
+from senseflow.iteration import iterate
 from senseflow.logs import print_table
 from senseflow.models import flux, flux2, public, sd3, sdxl
 from senseflow.models.adapter import Condition
@@ -127,7 +128,7 @@ def made_not_read(cfg: Config, sizes: Sizes, device: torch.device) -> Iterator[N
         for patched in (
             patch.object(module, "load_component", load), patch.object(adapter_class, "encode_prompts", encode),
             patch.object(train, "find_dinov2", backbone),
-            patch.object(train, "open_data", lambda c, adapter, _, where: RandomData(c, adapter, where)),
+            patch.object(train, "open_data", lambda _, adapter, *__: RandomData(cfg, adapter, device)),
         ):  # fmt: skip
             stack.enter_context(patched)
         yield
@@ -153,7 +154,7 @@ def run(cfg: Config, sizes: Sizes, iterations: int, device: torch.device) -> dic
             with profiler.iteration():
                 with parts.phase("data"):
                     batch = data.batch(i, cfg.data.batch)
-                found.append(train.iterate(cfg, parts, updates, batch, i))
+                found.append(iterate(cfg, parts, updates, batch, i))
     names = ("student", "fake", "teacher", "disc", "vfm")
     return dict(
         build_s=built, **timed(profiler, cfg.train.gen_every), memory=memory(profiler),

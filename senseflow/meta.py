@@ -129,11 +129,13 @@ class StandsFor(_Mode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "scaled_dot_product_attention" or not args[0].is_meta:
+        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k, v = (given[name] for name in names[:3])
+        if not q.is_meta:
+            return func(*args, **kwargs)
         if self.device_type == "cpu":
             mask = given.get("attn_mask")
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[0]

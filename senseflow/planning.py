@@ -10,10 +10,9 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.isg import ErrorCurve
-from senseflow.config import Config, UserError, replace, settings
+from senseflow.config import Config, UserError, replace
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
-from senseflow.memory import CUDA_ROUNDING, GB, Ledger, Row, cells, device_bytes, nbytes
+from senseflow.memory import CUDA_ROUNDING, GB, Ledger, Row, device_bytes, nbytes
 from senseflow.meta import StandsFor, Uninitialised
 from senseflow.models.adapter import Condition
 from senseflow.models.embedded import EmbeddedAdapter
 from senseflow.models.families import DTYPES, make_adapter, make_networks
-from senseflow.models.loading import read_config
 from senseflow.models.lora import trainable
 from senseflow.models.public import CHECKPOINTS, Checkpoint, build
 from senseflow.optim import make_optimizer
@@ -57,12 +55,12 @@ class Target:
     ranks: int
 
 
-def target_of(cfg: Config) -> Target:
-    """By memory.device_gb and memory.ranks, else the device that is here and the ranks that torchrun started."""
+def target_of(cfg: Config, ranks: int = 1) -> Target:
+    """By memory.device_gb and memory.ranks, else the device that is here and the run's ranks."""
     found, size = device_bytes()
     if cfg.memory.device_gb:
         found, size = "cuda", cfg.memory.device_gb * GB
-    return Target(found, size, cfg.memory.ranks or int(os.environ.get("WORLD_SIZE", 1)))
+    return Target(found, size, cfg.memory.ranks or ranks)
 
 
 # -- the networks, from configs alone ------------------------------------------------------------------------------
@@ -93,6 +91,10 @@ def config_folder(cfg: Config) -> Iterator[str]:
         name = "unet" if "UNet" in public.network[0] else "transformer"
         for part, sizes in ((name, public.network), ("vae", public.vae)):
             build(sizes).save_config(f"{folder}/{part}")
+        for number, (kind, config) in enumerate(public.texts, 1):  # an adapter reads widths there
+            part = Path(folder) / ("text_encoder" if number == 1 else f"text_encoder_{number}")
+            part.mkdir()
+            (part / "config.json").write_text(json.dumps({"architectures": [kind], **config}))
         yield folder
 
 
@@ -121,9 +123,6 @@ def planned_parts(cfg: Config, make_discriminator: Discriminator) -> Parts:
     with config_folder(cfg) as source, warnings.catch_warnings(), Uninitialised():
         warnings.simplefilter("ignore")  # a LoRA layer on the meta device is initialised by nobody, which peft notes
         adapter: Any = make_adapter(cfg.model, META, source)
-        text = Path(source or " ") / "text_encoder" / "config.json"
-        if hasattr(adapter, "clip_width") and text.is_file():  # what the adapter learns from its first prompt
-            adapter.clip_width = read_config(text)["projection_dim"]
         teacher, student, fake = make_networks(cfg, adapter, META)
         dtype = torch.float32 if isinstance(adapter, EmbeddedAdapter) else DTYPES[cfg.model.dtype]
         adapter = PlannedAdapter(adapter, teacher, dtype, guided=cfg.model.family == "flux")
@@ -153,6 +152,12 @@ def text_encoder_bytes(cfg: Config) -> float:
     return float(sum(p.numel() for p in {id(p): p for p in weights}.values()) * DTYPES[cfg.model.dtype].itemsize)
 
 
+def shards(cfg: Config, ranks: int) -> int:
+    """Over how many ranks student, fake and teacher are split: dist.shard of them, all, or none where each is whole."""
+    whole = cfg.dist.mode == "ddp" or (cfg.dist.mode == "auto" and cfg.model.variant == "lora")
+    return 1 if whole else min(cfg.dist.shard or ranks, ranks)
+
+
 # -- what stays ----------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +166,7 @@ def optimizer_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
     nets: dict[str, list[Any]] = {"student": trainable(parts.student), "fake": trainable(parts.fake)}
     if parts.disc is not None:
         nets["disc"] = list(parts.disc.parameters())
-    split = {"student": ranks, "fake": ranks, "disc": 1} if cfg.model.variant == "full" else dict.fromkeys(nets, 1)
+    split = {"student": shards(cfg, ranks), "fake": shards(cfg, ranks), "disc": 1}
     rows, host = [], cfg.optim.host
     for name, params in nets.items():
         n, where = split[name], host and name != "disc"
@@ -188,7 +193,7 @@ def weight_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
     """Weights and buffers of each network, each tensor at the first that holds it (LoRA: the teacher)."""
     seen: set[int] = set()
     rows = []
-    split = ranks if cfg.model.variant == "full" else 1
+    split = shards(cfg, ranks)
     vae = getattr(parts.adapter.vae, "inner", parts.adapter.vae)
     for name, net, n in (("teacher", parts.teacher, split), ("student", parts.student, split),
                          ("fake", parts.fake, split), ("disc", parts.disc, 1), ("backbone", parts.vfm, 1),
@@ -204,11 +209,11 @@ def weight_rows(cfg: Config, parts: Parts, ranks: int) -> list[Row]:
 
 def communication_row(cfg: Config, parts: Parts, ranks: int) -> Row:
     """Of FSDP2 with a block a unit: two blocks gathered (one in use, the next on its way), the rest of the network
-    gathered, and one block's gradients before and after their cast to fp32 for the reduction. LoRA: one bucket of all
-    gradients."""
+    gathered, one block's gradients before and after their cast to fp32 for the reduction. Whole networks: one bucket
+    of all gradients."""
     if ranks == 1:
         return Row("communication", "", 0)
-    if cfg.model.variant == "lora":
+    if shards(cfg, ranks) == 1:
         return Row("communication", "gradient buckets", nbytes(trainable(parts.student)))
     net: Any = parts.student
     adapter: Any = parts.adapter
@@ -243,17 +248,14 @@ class Backward:
         return 1.0
 
     def step_parts(self, losses: Any, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
-        for loss, _ in losses:
-            self.step(loss, iteration, *names)
-        return {}
-
-    def step(self, loss: Tensor, iteration: int, *names: str, **_: Any) -> dict[str, Tensor]:
         inputs = [p for name in names for p in self.params[name]]
-        with ExitStack() as stack, self.parts.phase("backward"):
+        with ExitStack() as stack:
             for p in inputs:
                 hook = p.register_post_accumulate_grad_hook(lambda p: self.ledger.as_gradient(p.grad))  # type: ignore[arg-type]
                 stack.callback(hook.remove)
-            loss.backward(inputs=inputs)
+            for loss, _ in losses:
+                with self.parts.phase("backward"):
+                    loss.backward(inputs=inputs)
         for p in inputs:
             p.grad = None
         return {}
@@ -356,7 +358,7 @@ class Planner:
 
     def plan(self, cfg: Config) -> Plan:
         stays = self.stays(cfg)
-        share = 0.0 if cfg.optim.in_backward else 1 / self.target.ranks if cfg.model.variant == "full" else 1.0
+        share = 0.0 if cfg.optim.in_backward else 1 / shards(cfg, self.target.ranks)
         peak = self.ledger(cfg).peak(share)
         rows = [*stays]
         if peak.gradients:
@@ -382,70 +384,3 @@ def cached(cfg: Config) -> bool:
     from senseflow.data.cache import is_cache
 
     return not cfg.data.path or is_cache(cfg.data.path)
-
-
-# -- what makes it fit ---------------------------------------------------------------------------------------------
-
-# Each: its values from the least thrifty, and what one of them costs beside another flag. The order of equals is that
-# of the costs: time first, then exactness, then both.
-SWITCHES: tuple[tuple[str, tuple[Any, ...], float], ...] = (
-    ("disc.checkpointing", (False, True), 1.0),
-    ("model.checkpointing", ("none", "selective", "full"), 1.1),
-    ("optim.in_backward", (False, True), 1.3),
-    ("train.moments", ("fp32", "8bit"), 1.5),
-    ("model.teacher_dtype", ("model", "fp8"), 1.7),
-    ("train.precision", ("fp32", "split", "stochastic"), 2.0),
-    ("optim.host", (False, True), 3.0),
-)
-
-
-def thriftier(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """Every config with some switches set thriftier, and those; fewest first, then the least cost."""
-    now = {name: value for name, (_, value, _) in settings(cfg).items()}
-    choices = []
-    for name, values, cost in SWITCHES:
-        if now[name] not in values:
-            values = (now[name], *values[-1:])
-        at = values.index(now[name])
-        if name == "train.precision" and at == 0:  # fp32 stays where the arithmetic is fp32
-            values, at = values[:1] if cfg.model.dtype == "fp32" else values, 0
-        choices.append([(name, value, (cost + 0.1 * k) if k else 0.0) for k, value in enumerate(values[at:])])
-    sets = []
-    for combination in itertools.product(*choices):
-        changed = {name: value for name, value, cost in combination if cost}
-        sets.append((len(changed), sum(cost for _, _, cost in combination), changed))
-    for _, _, changed in sorted(sets, key=lambda s: s[:2]):
-        try:
-            yield changed, replace(cfg, changed)
-        except UserError:  # two that exclude each other, or another optimizer's
-            continue
-
-
-def smallest(planner: Planner, cfg: Config) -> tuple[dict[str, Any], Plan] | None:
-    """(switches, plan) of the smallest set that fits; None where none does."""
-    for changed, config in thriftier(cfg):
-        if sum(r.device for r in planner.stays(config)) <= planner.target.bytes:  # else no need to run it
-            plan = planner.plan(config)
-            if plan.fits:
-                return changed, plan
-    return None
-
-
-def flags(changes: dict[str, Any]) -> str:
-    """As they are typed."""
-    return " ".join(f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
-                    for name, value in changes.items())  # fmt: skip
-
-
-COLUMNS = ("part", "what", "GB on the device", "GB on the host")
-
-
-def report(plan: Plan) -> tuple[str, Sequence[str], list[list[str]]]:
-    """(title, columns, rows) of a plan's table."""
-    cfg, target = plan.config, plan.target
-    reserve = cfg.memory.reserve_gb * GB if target.type == "cuda" else 0.0
-    one = "each of " if target.ranks > 1 else ""
-    local = math.ceil(cfg.data.batch / target.ranks)
-    what = {"cuda": "GPU", "cpu": "machine without a GPU"}[target.type]
-    title = f"memory plan: {cfg.preset} on {one}{target.ranks} {what}{'s' if target.ranks > 1 else ''}, batch {local}"
-    return title + (" each" if one else ""), COLUMNS, cells(plan.rows, plan.total, target.bytes, reserve)

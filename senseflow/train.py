@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import senseflow_kernels
-from senseflow import checkpoint, dist, planning
+from senseflow import checkpoint, dist, fitting, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, parse
@@ -141,15 +141,15 @@ def plan(cfg: Config, ranks: int = 1) -> int:
     Returns the exit status: 1 where nothing fits."""
     planner = planning.Planner(cfg, planning.target_of(cfg, ranks), iterate, build_discriminator)
     first = planner.plan(cfg)
-    print_table(*planning.report(first))
+    print_table(*fitting.report(first))
     if first.fits:
         return 0
-    found = planning.smallest(planner, cfg)
+    found = fitting.smallest(planner, cfg)
     if found is None:
         print("It does not fit, with no set of switches: more devices, a smaller data.batch, or --model.variant lora")
         return 1
-    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {planning.flags(found[0])}\n")
-    print_table(*planning.report(found[1]))
+    print(f"It does not fit. The smallest set of switches with which it does:\n\n  {fitting.flags(found[0])}\n")
+    print_table(*fitting.report(found[1]))
     return 0
 
 

@@ -44,15 +44,28 @@ class TinyVFM(nn.Module):
         return [out[t] for t in taps]
 
 
-def prompts(self: Any, texts: Any) -> Any:
+def encoded_prompts(prompts: Any) -> Any:
     """Random embeddings that belong to each text."""
     from zlib import crc32
 
     from senseflow.models.adapter import Condition
 
-    rows = [torch.randn(17, 384, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in texts]
+    rows = [torch.randn(17, 384, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in prompts]
     both = torch.stack(rows)
     return Condition(both[:, :16], both[:, 16])
+
+
+def in_own_dtype(predict: Callable[..., Any]) -> Callable[..., Any]:
+    """The embedded family's predict, which knows fp32 alone, in the arithmetic of bf16 networks too."""
+    from senseflow.models.adapter import Condition, in_dtype
+
+    def run(net: Any, x: torch.Tensor, sigma: torch.Tensor, cond: Any, guidance: Any = None) -> torch.Tensor:
+        dtype = next(net.parameters()).dtype
+        with in_dtype(x, dtype):
+            inner = Condition(cond.embeds.to(dtype), cond.pooled.to(dtype))
+            return predict(net, x.to(dtype), sigma, inner, guidance).to(x.dtype)
+
+    return run
 
 
 @contextmanager
@@ -61,22 +74,22 @@ def small_parts():
     from senseflow import train
     from senseflow.data.batches import EmbeddedData
     from senseflow.data.emoji import EmojiSet
-    from senseflow.models.embedded import EmbeddedAdapter
 
     def data(cfg: Any, adapter: Any, teacher: Any, world: Any) -> EmbeddedData:
+        adapter.encode_prompts = encoded_prompts
+        adapter.predict = in_own_dtype(adapter.predict)
         g = torch.Generator().manual_seed(3)
         images = torch.randint(0, 256, (6, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
         names = [f"picture {i}" for i in range(6)]
         cond = adapter.encode_prompts(names)
         return EmbeddedData(EmojiSet(images, names), cond, cfg.seed, world.device, world.rank, world.size)
 
-    kept = train.open_data, train.find_dinov2, EmbeddedAdapter.encode_prompts
+    kept = train.open_data, train.find_dinov2
     train.open_data, train.find_dinov2 = data, lambda *_: TinyVFM()
-    EmbeddedAdapter.encode_prompts = prompts
     try:
         yield
     finally:
-        train.open_data, train.find_dinov2, EmbeddedAdapter.encode_prompts = kept
+        train.open_data, train.find_dinov2 = kept
 
 
 class NoEvaluator:

@@ -51,12 +51,13 @@ def test_one_that_fails_or_hangs_or_is_absent_does_not_stop_the_rest(run, tmp_pa
     ]  # fmt: skip
     code, out = run(parts)
     assert code == 1
+    rows = [line.rpartition("| ")[0] for line in out.splitlines()]  # without seconds
     for line in (
-        "| fine | ok | 12 passed, 3 skipped | 0 |", "| broken | FAILED (1) | 1 failed | 0 |",
-        "| slow | stopped after 0.05 min | 7 passed, 1 skipped | 3 |",
-        "| absent | not run | no no-such-program here | 0 |", "| last | ok | checked | 0 |",
+        "| fine | ok | 12 passed, 3 skipped ", "| broken | FAILED (1) | 1 failed ",
+        "| slow | stopped after 0.05 min | 7 passed, 1 skipped ",
+        "| absent | not run | no no-such-program here ", "| last | ok | checked ",
     ):  # fmt: skip
-        assert line in out
+        assert line in rows
     assert (tmp_path / "interrupted").exists()  # and not killed: a benchmark writes its file then
     with tarfile.open(tmp_path / "out" / "all.tar.gz") as tar:
         assert tar.getnames() == ["broken.log", "fine.log", "last.log", "slow.log", "table.md"]
