@@ -19,7 +19,7 @@ from senseflow.algo.augment import AUGMENT_DRAWS, diff_augment
 from senseflow.config import Config
 from senseflow.data.batches import Batch
 from senseflow.flow import add_noise, bcast, omega
-from senseflow.steps import Parts
+from senseflow.steps import Parts, d_dtype, text_vector
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class ReleasedLoop:
             rand = self.parts.draws.uniform(self.iteration, batch.samples, stream, (AUGMENT_DRAWS,))
             pixels = diff_augment(pixels, rand)
         vfm: Any = self.parts.vfm
-        return vfm.features(pixels, self.cfg.disc.taps, self.cfg.disc.size)
+        with d_dtype(self.cfg, pixels):
+            return vfm.features(pixels, self.cfg.disc.taps, self.cfg.disc.size)
 
     def _logits(self, taps: Any, batch: Batch) -> Tensor:
         """D(x, c, r), all heads' logits side by side; r's features are made for this call, as in the published loop."""
@@ -90,7 +91,9 @@ class ReleasedLoop:
             with torch.no_grad():
                 self.r = self._features(batch.pixels, batch, None)
         assert self.parts.disc is not None
-        return torch.cat(self.parts.disc(taps, batch.cond.pooled, self.r), 1)
+        text = text_vector(self.parts.adapter, self.cfg.disc.text, batch.cond)
+        with d_dtype(self.cfg, batch.latents):
+            return torch.cat(self.parts.disc(taps, text, self.r), 1)
 
     # -- one iteration ---------------------------------------------------------------------------------------------
 
@@ -170,11 +173,11 @@ class ReleasedLoop:
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> None:
-        """What the caches hold, once more: as many tokens as any prompt has, padded, and the picture's latents."""
+        """What the caches hold, once more: as many tokens as any prompt has, padded, and the picture's latents. The
+        empty prompt for every picture: published at one a GPU."""
         a: Any = self.parts.adapter
-        a.encode_prompts([""] * len(batch.samples))
-        if a.uncond(1) is not None:
-            a.encode_prompts([""])
+        for _ in range(1 if a.uncond(1) is None else 2):
+            a.encode_prompts([""] * len(batch.samples))
         if a.vae is not None:
             a.encode(batch.pixels, self._normal("posterior", batch))
 

@@ -47,8 +47,8 @@ def compile_parts(parts: Parts, cfg: Config, backend: str = "inductor") -> int:
 
     A graph break is an error, not a slower path; so is a shape that keeps changing, after VARIANTS of them. Compiled
     code is kept in SENSEFLOW_CACHE/inductor, so the next run starts with it (TORCHINDUCTOR_CACHE_DIR: elsewhere).
-    Raises UserError where it cannot be: with data.buckets, whose every size would be compiled, and with
-    model.checkpointing selective, which chooses among operators that compiled code does not show.
+    Raises UserError where it cannot be: with data.buckets, whose every size would be compiled, with
+    model.checkpointing selective, which chooses among operators that compiled code does not show, and sharded.
     """
     if cfg.kernels.compile == "off":
         return 0
@@ -57,6 +57,8 @@ def compile_parts(parts: Parts, cfg: Config, backend: str = "inductor") -> int:
     if cfg.model.checkpointing == "selective":
         how = "off with model.checkpointing = 'selective'"
         raise UserError(f"kernels.compile = {cfg.kernels.compile!r}: allowed is {how}")
+    if parts.world.sharded:  # whose hooks gather weights around each block
+        raise UserError(f"kernels.compile = {cfg.kernels.compile!r}: allowed is off with dist.mode = 'fsdp'")
     import torch._dynamo
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))

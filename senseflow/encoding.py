@@ -59,6 +59,10 @@ class Maker:
         self.vfm: Any = find_dinov2(cfg.disc.backbone).to(device) if options.features else None
         self.teacher = self.adapter.load_network(compute(cfg.model, device)) if options.teacher_samples else None
 
+    def close(self) -> None:
+        """Ends the threads."""
+        self.pool.close()
+
     def shard(self, number: int) -> range:
         """Positions in the selection."""
         size = self.options.shard

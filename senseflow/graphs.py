@@ -95,6 +95,7 @@ class Replayed:
         self.batch: Batch | None = None
         self.kinds: dict[Kind, Captured | None] = {}  # None: ran once, not captured yet
         self.pool: Any = None
+        self.loads = updates.loads
         updates.keep_grads = True
         if capture and device.type == "cuda":
             # one stream for what runs and what is captured: autograd ties gradients to the stream they come on
@@ -114,6 +115,8 @@ class Replayed:
         """One iteration; its metrics are to be read before the next one."""
         self._feed(batch, iteration)
         assert self.batch is not None
+        if self.loads != self.updates.loads:  # a checkpoint was loaded: counts have other memory than was captured
+            self.kinds, self.loads = {}, self.updates.loads
         kind = self.kind(iteration)
         known, draws = self.kinds.get(kind), self.parts.draws
         try:
@@ -126,7 +129,7 @@ class Replayed:
         finally:
             draws.clock = None
         known.graph.replay()
-        return known.metrics
+        return dict(known.metrics)
 
     def _feed(self, batch: Batch, iteration: int) -> None:
         """The iteration's data into the memory that graphs read. Nothing here waits."""

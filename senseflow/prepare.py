@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,9 @@ def _process(kind: str, options: Options, cfg: Config, rank: int, processes: int
         device = (
             torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        maker = Maker(cfg, options, choose(cfg, quiet=True), device)
-        plan = Plan(kind, options, maker.items)
-        make_shards(plan, maker, range(rank, plan.shards, processes), count)
+        with closing(Maker(cfg, options, choose(cfg, quiet=True), device)) as maker:
+            plan = Plan(kind, options, maker.items)
+            make_shards(plan, maker, range(rank, plan.shards, processes), count)
     except UserError as error:
         faults.put(str(error))
 
@@ -258,8 +259,8 @@ def prepare(options: Options, cfg: Config) -> None:
         )
     cuda = torch.cuda.is_available()
     processes = options.processes or max(torch.cuda.device_count(), 1)
-    with shards.locked(folder):
-        maker = Maker(cfg, options, items, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    with shards.locked(folder), closing(Maker(cfg, options, items, device)) as maker:
         with shards.writing(folder):
             shards.begin(folder, settings_of(options, cfg, items, maker))
         plans = {}

@@ -33,7 +33,7 @@ class Saver:
         self.keep_last, self.keep_best = keep_last, keep_best
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by one process alone: it may be
         # Groups of its own: the thread must not meet what the training sends.
-        self.group = td.new_group(backend="gloo") if world.size > 1 else None
+        self.group: Any = td.new_group(backend="gloo") if world.size > 1 else None
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
         self.last: Path | None = None  # the newest that is whole

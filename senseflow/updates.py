@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ def bytes_beside(cfg: Config, name: str, p: Tensor) -> float:
     return gradient + moments + 2 * (cfg.train.precision == "split" and p.dtype == torch.bfloat16)
 
 
-def bytes_moved(optimizer: Any, params: list[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
+def bytes_moved(optimizer: Any, params: Sequence[Tensor], has_ida: bool, ema: Ema | None, name: str) -> float:
     """Bytes that a step of a network reads and writes at the least: its gradient twice (for the norm first), weight and
     moments there and back; with the student's, phi and EMA too."""
     total = 0.0
@@ -79,6 +79,7 @@ class Updates:
             self.ema = Ema(self.params["student"], cfg.ema.decay, "cpu" if cfg.optim.host else None)
         self.one_pass = cfg.optim.name == "senseflow"
         self.keep_grads = False  # zeroed where they are instead of freed: CUDA graphs need them there
+        self.loads = 0  # of checkpoints, after which states have other memory
         self.rates: dict[str, Tensor] = {}  # learning rates on the device, which CUDA graphs read there
         self.optimizers: dict[str, Any] = {}
         for name in ("fake", "student", "disc"):  # the student's update writes the fake, so that comes first
@@ -183,7 +184,7 @@ class Updates:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = self.rates[name] if name in self.rates else self.scheduled(name, iteration)
 
-    def _clear(self, params: list[Tensor]) -> None:
+    def _clear(self, params: Sequence[Tensor]) -> None:
         """After a step: no gradient is left, or zeros in its place."""
         if self.keep_grads:
             for p in params:
@@ -267,6 +268,7 @@ class Updates:
 
     def load(self, state: dict[str, Any]) -> None:
         self.ready()
+        self.loads += 1
         self.rate = state.get("rate", 1.0)
         load_trained_state(self.parts.student, state["student"])
         load_trained_state(self.parts.fake, state["fake"])

@@ -44,13 +44,13 @@ class TinyVFM(nn.Module):
         return [out[t] for t in taps]
 
 
-def prompts(self: Any, texts: Any) -> Any:
+def encoded_prompts(self: Any, prompts: Any) -> Any:
     """Random embeddings that belong to each text."""
     from zlib import crc32
 
     from senseflow.models.adapter import Condition
 
-    rows = [torch.randn(17, 384, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in texts]
+    rows = [torch.randn(17, 384, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in prompts]
     both = torch.stack(rows)
     return Condition(both[:, :16], both[:, 16])
 
@@ -72,7 +72,7 @@ def small_parts():
 
     kept = train.open_data, train.find_dinov2, EmbeddedAdapter.encode_prompts
     train.open_data, train.find_dinov2 = data, lambda *_: TinyVFM()
-    EmbeddedAdapter.encode_prompts = prompts
+    EmbeddedAdapter.encode_prompts = encoded_prompts
     try:
         yield
     finally:

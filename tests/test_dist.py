@@ -9,11 +9,12 @@ mean distance of weights stays within 1 % of a rate, and none is further than 6 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import Run, config, launch
+from ranks import Run, config, launch, main, start
 from tiny_pipelines import embedded_teacher
 
 from senseflow import checkpoint
@@ -58,8 +59,8 @@ def train_all(world: World, teacher: Path, out: Path, cases: dict) -> None:
 
 def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """|a - b| / |b| over all tensors."""
-    gap = sum((x.double() - y.double()).square().sum() for x, y in zip(a, b, strict=True))
-    return float((gap / sum(y.double().square().sum() for y in b)).sqrt())
+    gap = sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
+    return (gap / sum(float(y.double().square().sum()) for y in b)) ** 0.5
 
 
 def compare(teacher: Path, out: Path, cases: dict, bound: float = GRADIENT, rates: float = 0.01) -> None:
@@ -111,6 +112,32 @@ def test_parts_of_a_batch_are_one_batch(teacher):
         counts = [o.state_dict()["state"][0]["step"].item() for o in split.updates.optimizers.values()]
         assert counts == [3, 3, 3]
         assert [row.keys() for row in split.rows] == [row.keys() for row in whole.rows]
+
+
+def test_two_ranks_write_the_run_that_one_process_writes(teacher, tmp_path):
+    """`train.main` from end to end: student folder (the EMA, gathered), metrics (means over ranks), one checkpoint."""
+    from safetensors.torch import load_file
+
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    ranks = start(2, teacher, both)
+    assert main(teacher, alone) == 0
+    for process in ranks:
+        process.join()
+    assert [p.exitcode for p in ranks] == [0, 0]
+    names = [sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.suffix != ".distcp") for out in (both, alone)]
+    assert names[0] == names[1]
+    a, b = (load_file(out / "student/transformer/diffusion_pytorch_model.safetensors") for out in (both, alone))
+    assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype for k in a)
+    assert all((a[k] - b[k]).abs().mean() <= 0.05 * RATE for k in a)
+    rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (both, alone)]
+    rows = [[row for row in some if "fake" in row] for some in rows]  # evaluations have rows of their own
+    assert len(rows[0]) == len(rows[1]) == 8
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine.keys() == theirs.keys() and mine["iteration"] == theirs["iteration"]
+        assert mine["fake"] == pytest.approx(theirs["fake"], rel=1e-3)
+    newest = checkpoint.newest(both / "checkpoints")
+    assert newest is not None and checkpoint.manifest(newest)["ranks"] == 2
+    assert len(list(newest.glob("*.distcp"))) == 2
 
 
 # -- checkpoints across numbers of ranks -------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def test_counts_by_hand(made):
     loop = ReleasedLoop(cfg, parts, PUBLISHED)
     with counting(parts) as counts:
         loop.iterate(batch, 0)
-    # D looks three times at a picture with r beside it; both prompts, and the empty one once
-    assert {k: v / 2 for k, v in counts.items()} == {"student": 1, "fake": 3, "backbone": 6, "text": 1.5}
+    # D looks three times at a picture with r beside it; prompt and empty prompt
+    assert {k: v / 2 for k, v in counts.items()} == {"student": 1, "fake": 3, "backbone": 6, "text": 2}
 
 
 def test_equivalents_are_flops(made):

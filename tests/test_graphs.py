@@ -99,6 +99,21 @@ def test_static_memory_and_replays_change_no_bit(made):
     assert {silent for _, _, silent in kinds} == {True, False} and any(length is None for _, length, _ in kinds)
 
 
+def test_a_checkpoint_is_loaded_between_replays(made):
+    """Its counts lie in other memory, so what was captured is dropped; and what it hands out is the caller's."""
+    cfg, parts, data = made("cpu", "--rollout.backward_prob", "0", "--disc.skip_silent", "false")
+    mine = own(parts)
+    updates = Updates(cfg, mine)
+    run = Played(cfg, mine, updates, iterate)
+    for i in (0, 2, 4):
+        run(data.batch(i, 2), i)["ida_drift"] = torch.zeros(())
+    (known,) = run.kinds.values()
+    assert known is not None and "ida_drift" not in known.metrics
+    updates.load(copy.deepcopy(updates.state()))
+    run(data.batch(6, 2), 6)
+    assert list(run.kinds.values()) == [None]
+
+
 def test_what_was_not_captured_runs_on(made, caplog):
     """auto: said once, and the same weights; on: an error."""
     cfg, parts, data = made("cpu")

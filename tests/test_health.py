@@ -58,8 +58,8 @@ def test_a_signal_saves_and_the_rest_is_the_same_bits(number, status, whole, tea
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed")]
     assert said == [f"resumed from {out}/checkpoints/step-00000005, iteration 5, saved by 1 rank(s), now 1"]
     assert same(out, whole)
-    rows = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [i for i in rows if i] == list(range(1, 9)) or sorted({*rows} - {0}) == list(range(1, 9))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "fake" in row] == list(range(1, 9))
 
 
 def diverging(times: int):
@@ -88,8 +88,8 @@ def test_a_diverging_run_stops_or_goes_back(teacher, tmp_path, monkeypatch, caps
         assert ranks.main(teacher, tmp_path / name, *flags) == status, name
         said = "".join(capsys.readouterr())
         assert re.search(line, said), (name, said)
-    rate = checkpoint.load_latest(tmp_path / "back" / "checkpoints")[1]["updates"]["rate"]
-    assert rate == 0.0625
+    found = checkpoint.load_latest(tmp_path / "back" / "checkpoints")
+    assert found is not None and found[1]["updates"]["rate"] == 0.0625
     assert not same(tmp_path / "back", tmp_path / "warn")
 
 
@@ -100,7 +100,12 @@ def hold(event: threading.Event) -> None:
 def test_a_stuck_process_is_reported_once_with_its_stack():
     said: list[str] = []
     free = threading.Event()
-    with Watchdog(World(), 0.1, lambda text: (said.append(text), free.set())) as dog:
+
+    def say(text: str) -> None:
+        said.append(text)
+        free.set()
+
+    with Watchdog(World(), 0.1, say) as dog:
         dog.beat("data of iteration 3")
         hold(free)
     assert len(said) == 1

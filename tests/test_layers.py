@@ -18,7 +18,7 @@ FLOORS = {
     4: "senseflow.draws senseflow.steps senseflow.updates senseflow.iteration senseflow.student senseflow.sample"
     " senseflow.model_card senseflow.parity senseflow.export senseflow.compiling senseflow.graphs",
     5: "senseflow.evaluate senseflow.scoring senseflow.encoding senseflow.prepare senseflow.pretrain senseflow.planning"
-    " senseflow.resuming senseflow.shipping senseflow.fitting",
+    " senseflow.fitting senseflow.resuming senseflow.shipping",
     6: "senseflow.train",
     7: "senseflow.ablate",
 }

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from data_sets import jpeg, write_bad_folder, write_folder
-from tiny_pipelines import write_flux, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
@@ -21,7 +21,7 @@ from senseflow.updates import Updates
 pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
 WRITE = {"sd35-medium": lambda f: write_sd3(f, medium=True), "sd35-large": write_sd3, "flux-dev": write_flux,
-         "sdxl": write_sdxl}  # fmt: skip
+         "sdxl": write_sdxl, "flux2-klein": write_klein}  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
     "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=3",
     "data.workers=2", "train.gen_every=1", "isg.midpoint=uniform", "disc.taps=-1,2", "disc.size=28", "disc.width=8",
@@ -71,7 +71,7 @@ def batches(cfg, count=4):
     return found
 
 
-SLOW = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("sd35-medium", "sd35-large")]
+SLOW = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("sd35-medium", "sd35-large", "flux2-klein")]
 
 
 @pytest.mark.parametrize("preset", [*SLOW, "flux-dev", "sdxl"])

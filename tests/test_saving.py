@@ -142,6 +142,7 @@ def test_a_failure_behind_the_training_is_heard_at_the_next_wait(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         behind.save(2, {"w": torch.zeros(100_000)})
+        assert behind.thread is not None
         behind.thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

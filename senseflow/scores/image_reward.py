@@ -75,7 +75,8 @@ class ImageReward:
         beside = file.parent / "med_config.json"
         config = beside if beside.is_file() else hub_file(DEFAULTS["imagereward"].source, beside.name, "put it beside")
         self.tokenizer = _tokenizer(given)
-        self.vision, self.text, self.head = (n.eval().requires_grad_(False).to(device) for n in _networks(file, config))
+        networks: list[Any] = [n.eval().requires_grad_(False).to(device) for n in _networks(file, config)]
+        self.vision, self.text, self.head = networks
         self.about = dict(weights=file.name, sha256=identity(file), tokenizer=source_of("bert", given))
 
     def prepared(self, picture: Tensor) -> Tensor:
@@ -83,9 +84,9 @@ class ImageReward:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
-        side = self.vision.config.image_size
+        side: Any = self.vision.config.image_size
         shown: Any = to_pil(picture)
-        x = F.center_crop(F.resize(shown, side, InterpolationMode.BICUBIC), [side, side])
+        x: Any = F.center_crop(F.resize(shown, side, InterpolationMode.BICUBIC), [side, side])
         return F.normalize(F.to_tensor(x), [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
     @torch.no_grad()
