@@ -226,7 +226,15 @@ def small_run(preset: str, root: Path) -> Iterator[tuple[Any, Parts, Any]]:
     write = {"tiny": tiny.embedded_teacher, "sd35-large": tiny.write_sd3, "flux-dev": tiny.write_flux,
              "sdxl": tiny.write_sdxl, "flux2-klein": tiny.write_klein,
              "sd35-medium": lambda f: tiny.write_sd3(f, medium=True)}  # fmt: skip
-    flags = [preset, "--teacher", str(write[preset](root / preset)), *SMALL, *(LARGE if preset != "tiny" else [])]
+    flags = [
+        preset,
+        "--teacher",
+        str(write[preset](root / preset)),
+        "--data.images",
+        "pictures",
+        *SMALL,
+        *(LARGE if preset != "tiny" else []),
+    ]
     with patch.object(train, "load_variants", tiny.few_pictures):
         cfg = parse(flags, "").config
         parts, data = train.build(cfg, torch.device("cpu"))

@@ -17,7 +17,8 @@ TEST_MODULES = [
     "senseflow.train",
 ]  # fmt: skip
 SMALL = [f"--{setting}" for setting in (
-    "data.batch=4", "train.gen_every=1", "disc.taps=0,1", "disc.width=8", "disc.size=32", "disc.downsample=1",
+    "data.batch=4", "data.images=pictures", "train.gen_every=1", "disc.taps=0,1", "disc.width=8", "disc.size=32",
+    "disc.downsample=1",
     "disc.cmap=8", "rollout.backward_prob=0.5", "train.lr=1e-4", "train.fake_lr=1e-4", "train.clip=0.5",
     "train.cooldown=0", "seed=1",
 )]  # fmt: skip

@@ -42,7 +42,17 @@ def built(case, root):
     family = case.partition(",")[0]
     preset = "dmd2" if case.endswith("dmd2") else "tiny" if family == "embedded" else family
     folder = embedded_teacher(root) if family == "embedded" else WRITE[family](root)
-    flags = [preset, "--teacher", str(folder), *SMALL, "--train.gen_every", "2", *(CASES | SLOW)[case]]
+    flags = [
+        preset,
+        "--teacher",
+        str(folder),
+        "--data.images",
+        "pictures",
+        *SMALL,
+        "--train.gen_every",
+        "2",
+        *(CASES | SLOW)[case],
+    ]
     flags = [f for f in flags if family != "embedded" or not f.startswith("--model.side")]
     cfg = parse([*flags, "--compile", "blocks"], "").config
     return cfg, *build(cfg, torch.device("cpu"))

@@ -320,7 +320,7 @@ def test_what_cannot_be_exported_is_one_line(runs, tmp_path, capsys):
     assert "is a run or the student itself" in last_line(capsys)
     assert run_export(run, tmp_path / "out", "--teacher", str(tmp_path / "none")) == 2
     assert "does not exist" in last_line(capsys)
-    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "transformer").mkdir(parents=True)
     (tmp_path / "bare" / "senseflow.json").write_text('{"anchors": [1.0]}')
     assert run_export(tmp_path / "bare", tmp_path / "out") == 2
     assert "lacks shift, shift_kind" in last_line(capsys)

@@ -17,7 +17,17 @@ from senseflow.updates import Updates
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_variants", few_pictures)
-    flags = ["--teacher", str(embedded_teacher(tmp_path)), "--data.batch", "3", "--train.gen_every", "2", *FLAGS]
+    flags = [
+        "--teacher",
+        str(embedded_teacher(tmp_path)),
+        "--data.images",
+        "pictures",
+        "--data.batch",
+        "3",
+        "--train.gen_every",
+        "2",
+        *FLAGS,
+    ]
     cfg = parse(flags, "").config
     return cfg, *build(cfg, torch.device("cpu"))
 

@@ -37,7 +37,17 @@ def folders(tmp_path_factory, selected):
 def settings(case, folders):
     family = case.partition(",")[0]
     preset = "dmd2" if case.endswith("dmd2") else "tiny" if family == "embedded" else family
-    flags = [preset, "--teacher", str(folders[family]), *SMALL, "--train.gen_every", "2", *ON_GPU[case]]
+    flags = [
+        preset,
+        "--teacher",
+        str(folders[family]),
+        "--data.images",
+        "pictures",
+        *SMALL,
+        "--train.gen_every",
+        "2",
+        *ON_GPU[case],
+    ]
     return parse([f for f in flags if family != "embedded" or not f.startswith("--model.side")], "").config
 
 

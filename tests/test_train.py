@@ -16,6 +16,8 @@ from senseflow.flow import FlowSchedule
 from senseflow.train import iterate, main
 
 SMALL = [
+    "--data.images",
+    "pictures",
     "--eval.prompts",
     "4",
     "--eval.teacher_steps",
