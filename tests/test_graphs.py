@@ -20,7 +20,8 @@ from senseflow.updates import Updates
 from senseflow_kernels import adamw
 
 FLAGS = [
-    "--data.images", "pictures", "--data.batch", "2", "--train.gen_every", "2", "--disc.taps", "-1,2", "--disc.width", "8",
+    "--data.images", "pictures", "--data.batch", "2", "--train.gen_every", "2", "--disc.taps", "-1,2",
+    "--disc.width", "8",
     "--disc.size", "28",
     "--dmd.guidance_max", "3", "--isg.guidance_max", "2", "--train.iterations", "40", "--train.warmup", "5",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from senseflow.train import build, iterate
 from senseflow.updates import Updates
 
 FLAGS = [
-    "--data.images", "pictures", "--data.batch", "3", "--train.gen_every", "2", "--disc.taps", "-1,2", "--disc.width", "8",
+    "--data.images", "pictures", "--data.batch", "3", "--train.gen_every", "2", "--disc.taps", "-1,2",
+    "--disc.width", "8",
     "--disc.size", "28",
     "--dmd.guidance_max", "3", "--isg.guidance_max", "2", "--seed", "5", "--train.eps", "1e-4",
 ]  # fmt: skip
