@@ -84,13 +84,8 @@ def _on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _fills(t: Tensor) -> bool:
     """Whether a tensor is the whole of its storage, as `empty_strided` would make it."""
-    return (
-        t.is_meta
-        and t.storage_offset() == 0
-        and t.untyped_storage().nbytes()
-        == t.element_size()
-        * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0)
-    )
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return bool(t.is_meta and t.storage_offset() == 0 and t.untyped_storage().nbytes() == t.element_size() * extent)
 
 
 # -- the ledger ----------------------------------------------------------------------------------------------------
