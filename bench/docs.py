@@ -126,6 +126,14 @@ def memory_table() -> str:
     return table(["", *heads], rows)
 
 
+def moments_table() -> str:
+    rows = read("bench/results/moments.json")["rows"]
+    cells = [
+        [r["score"].removeprefix("eval/"), f"{r['fp32']:.4g}", f"{r['eight']:.4g}", f"{r['spread']:.2g}"] for r in rows
+    ]
+    return table(["mean of 3 seeds", "fp32", "8-bit", "spread of fp32"], cells)
+
+
 def ablation(group: str) -> Callable[[], str]:
     """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
 
@@ -146,6 +154,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
     "tiny-seeds": tiny_seeds,
     "tiny-long": tiny_long,
+    "moments-table": moments_table,
     "precision-table": precision_table,
     "memory-table": memory_table,
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
