@@ -394,7 +394,7 @@ class Kernels(Section):
     )
     graphs: Literal["auto", "off", "on"] = doc(
         "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU",
-        "auto",
+        "off",
     )
 
 
