@@ -221,7 +221,7 @@ def load_component(
 
 def _check_complete(info: dict[str, Any], where: str) -> None:
     """Raises UserError for tensors that from_pretrained missed, had left, or (transformers alone) saw misshapen."""
-    for name, weights, config in info.get("mismatched_keys", ()):
+    for name, weights, config in sorted(info.get("mismatched_keys", ())):  # a set
         raise UserError(f"{where} does not load: {name} has shape {[*weights]} in its weights, {[*config]} by its "
                         "config.json")  # fmt: skip
     for problem in ("missing", "unexpected"):
