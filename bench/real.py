@@ -117,6 +117,8 @@ def made_not_read(cfg: Config, sizes: Sizes, device: torch.device) -> Iterator[N
         shape = self.text_shape(SimpleNamespace(config=SimpleNamespace(**sizes.network)))
         if hasattr(self, "_widths"):
             self._widths = shape
+        if hasattr(type(self), "clip_width"):  # SD 3.5: CLIP ViT-L/14's part of the vector
+            self.__dict__["clip_width"] = min(768, shape[2])
         like = dict(dtype=self.dtype, device=device)
         return Condition(torch.randn(len(prompts), *shape[:2], **like), torch.randn(len(prompts), shape[2], **like))
 
