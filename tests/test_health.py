@@ -17,7 +17,6 @@ from senseflow import checkpoint, iteration
 from senseflow.dist import World
 from senseflow.watch import Watchdog
 
-
 # Not yet seen to end in every run: of the slow tier until it is.
 pytestmark = pytest.mark.slow
 
