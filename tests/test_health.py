@@ -16,9 +16,7 @@ from tiny_pipelines import embedded_teacher
 from senseflow import checkpoint, iteration
 from senseflow.dist import World
 from senseflow.watch import Watchdog
-
-# Not yet seen to end in every run: of the slow tier until it is.
-pytestmark = pytest.mark.slow
+from senseflow_kernels import _launch
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,8 @@ def same(a: Path, b: Path) -> bool:
 @pytest.fixture(scope="module")
 def whole(teacher, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "whole"
-    assert ranks.main(teacher, out) == 0
+    with _launch.torch_path():  # conftest's own is for functions; the interpreter takes half a minute an iteration
+        assert ranks.main(teacher, out) == 0
     return out
 
 
