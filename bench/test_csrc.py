@@ -26,7 +26,7 @@ FORMS = ("ours", "_foreach_lerp_")
 
 @functools.lru_cache(maxsize=1)
 def memory(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """phi, theta [N]: both forms on the very same pages, since which pages one gets is worth up to 1.4x here."""
+    """phi, theta [N]: both forms on the very same pages, since which pages one gets changes the rate."""
     return torch.empty(N, dtype=dtype), torch.empty(N, dtype=dtype)
 
 

@@ -488,7 +488,7 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """The inverse of to_dict; what is absent has tiny's default. Raises UserError naming a bad key or value."""
+    """The inverse of to_dict; what is absent has its field's default. Raises UserError naming a bad key or value."""
     if not isinstance(data, dict):
         raise UserError(f"config = {data!r}: allowed is {describe(Config)}")
     sections = {f.name for f in fields(Config) if f.name not in settings(Config())}

@@ -43,9 +43,9 @@ from senseflow.student import find_student
 
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
 PATCH_SIZE, PATCHES = 16, 4  # of 32 pixels: the four quarters
-# Deviation of the scores' dither, levels of 255. The teacher's own 50-step backgrounds scatter by 2.8 around white, and
-# its predictions of one background differ by .2 to 3 between noise levels: what a student makes of that is no quality.
-# Undithered, shifting white by .3 of a level costs KID x1000 4.6, dithered .3.
+# Deviation of the scores' dither, levels of 255. The white of the teacher's own 50 steps scatters by 2.0, and its
+# predictions of x0 move that white by .3 to 1.7, by noise level: what a student makes of that is no quality. White
+# darker by .3 of a level costs KID x1000 4.7, dithered .4 (python -m bench.white).
 DITHER = 4.0
 SCORED, REFERENCED = 1, 2  # the two sides' dither seeds
 STUDENT_SEED, REFERENCE_SEED, TEACHER_SEED, DATA_SEED = 1, 2, 3, 4  # the noises of all sides are independent
