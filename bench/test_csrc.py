@@ -43,7 +43,8 @@ def name_of(lists: list[Tensor], width: int) -> str:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_lerp(measure, dtype: torch.dtype, width: int, form: str) -> None:
     flat, theta = memory(dtype)
-    flat.copy_(numbers(0, dtype)), theta.copy_(numbers(1, dtype))
+    flat.copy_(numbers(0, dtype))
+    theta.copy_(numbers(1, dtype))
     phi, ends = pieces(flat, width), pieces(theta, width)
     truth = LAM * flat.double() + (1 - LAM) * theta.double()
     rows = _ext.rows_of(dict(phi=phi, theta=ends))

@@ -141,14 +141,12 @@ class _LongestSide:
         self.side = side
 
     def __call__(self, picture: Any) -> Tensor:
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
-
+        F = library("torchvision.transforms.functional")
         x = F.to_tensor(picture.convert("RGB"))
         scale = self.side / max(x.shape[1:])
         if scale != 1:
             h, w = (round(n * scale) for n in x.shape[1:])
-            x = F.resize(x, [h, w], InterpolationMode.BICUBIC)
+            x = F.resize(x, [h, w], F.InterpolationMode.BICUBIC)
             pad_h, pad_w = self.side - h, self.side - w
             x = F.pad(x, [pad_w // 2, pad_h // 2, pad_w - pad_w // 2, pad_h - pad_h // 2])
         constants = library("open_clip.constants")

@@ -81,12 +81,10 @@ class ImageReward:
 
     def prepared(self, picture: Tensor) -> Tensor:
         """uint8 [3, H, W] -> fp32 [3, S, S]: shorter side resized, bicubic, centre crop, CLIP's normalisation."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
-
+        F = library("torchvision.transforms.functional")
         side: Any = self.vision.config.image_size
         shown: Any = to_pil(picture)
-        x: Any = F.center_crop(F.resize(shown, side, InterpolationMode.BICUBIC), [side, side])
+        x: Any = F.center_crop(F.resize(shown, side, F.InterpolationMode.BICUBIC), [side, side])
         return F.normalize(F.to_tensor(x), [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
     @torch.no_grad()
