@@ -6,11 +6,13 @@ import base64
 import html
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from senseflow.ablation.rows import BASES, GROUPS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
+from senseflow.config import UserError
 
 SCORES = [
     ("eval/kid_raw", "KID x1000", 1),
@@ -39,11 +41,14 @@ Records = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> record
 
 
 def read_records(folder: Path) -> Records:
-    """All records under folder/runs."""
+    """All records under folder/runs. Raises UserError for a file that is none."""
     found: Records = {}
     for file in sorted((folder / "runs").glob("*.json")):
-        record = json.loads(file.read_text())
-        found.setdefault(record["row"], {})[record["seed"]] = record
+        try:
+            record = json.loads(file.read_text())
+            found.setdefault(record["row"], {})[record["seed"]] = record
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is no record of a run: remove it") from None
     return found
 
 
@@ -125,21 +130,36 @@ def draw(group: str, records: Records, file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def replaced(file: Path, text: str) -> None:
+    """Writes a file at once, as another process may be writing it too."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def with_records(records: Records) -> list[str]:
+    """Groups that have a row of their own recorded: the base of one may belong to others too."""
+    return [group for group, rows in GROUPS.items() if any(r.name in records for r in rows if r.name != BASES[group])]
+
+
 def write_report(folder: Path, groups: list[str]) -> Path:
-    """FOLDER/report.html with GROUP.png and GROUP.md of each group. Returns the HTML file."""
+    """FOLDER/report.html with GROUP.png and GROUP.md of each of these groups and of those that have records. Returns
+    the HTML file."""
     records = read_records(folder)
     parts = [HEAD, f"<p>{html.escape(NOTE)}</p>"]
     folder.mkdir(parents=True, exist_ok=True)
-    for group in groups:
+    for group in [g for g in GROUPS if g in {*groups, *with_records(records)}]:
         columns, rows = table(group, records)
-        draw(group, records, folder / f"{group}.png")
+        png = folder / f".{group}.{os.getpid()}.png"
+        draw(group, records, png)
+        image = base64.b64encode(png.read_bytes()).decode()
+        os.replace(png, folder / f"{group}.png")
         lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]
-        (folder / f"{group}.md").write_text("\n".join(lines) + "\n")
+        replaced(folder / f"{group}.md", "\n".join(lines) + "\n")
         cells = [f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"
                  for tag, r in [("th", columns), *(("td", r) for r in rows)]]  # fmt: skip
-        image = base64.b64encode((folder / f"{group}.png").read_bytes()).decode()
         parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", f"<table>{''.join(cells)}</table>",
                   f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>"]  # fmt: skip
     file = folder / "report.html"
-    file.write_text("\n".join(parts) + "\n")
+    replaced(file, "\n".join(parts) + "\n")
     return file
