@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from senseflow.cli import parse
-from senseflow.config import UserError, near
+from senseflow.config import UserError
+from senseflow.section import near
 
 
 @dataclass(frozen=True)
