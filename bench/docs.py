@@ -135,16 +135,17 @@ def moments_table() -> str:
 
 
 def ablation(group: str) -> Callable[[], str]:
-    """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
+    """A group's table and curves from docs/ablation; a line that says so where nothing is recorded yet."""
 
     def made() -> str:
         from senseflow.ablation import report
 
         records = report.read_records(ROOT / "docs" / "ablation")
-        columns, rows = report.table(group, records)
-        if all(row[1] == "0" for row in rows):
+        if group not in report.with_records(records):
             return f"Not run yet: `python -m senseflow.ablate {group}`.\n"
-        return table(columns, rows)
+        curves = f"ablation/{group}.png"
+        picture = f"\n![curves of the group {group}]({curves})\n" if (ROOT / "docs" / curves).is_file() else ""
+        return table(*report.table(group, records)) + picture
 
     return made
 
@@ -162,7 +163,7 @@ def source(path: str, first: str, last: str) -> Callable[[], str]:
 
 
 DROPIN = "examples/dmd2_dropin.py"
-GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
+GROUPS = ("core", "removed", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
 NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
     "tiny-seeds": tiny_seeds,

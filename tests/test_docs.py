@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from bench import docs, peers, site
+from senseflow.ablation.rows import GROUPS
 
 
 def test_numbers_links_and_names_of_the_docs():
     assert docs.problems() == []
+    assert list(docs.GROUPS) == list(GROUPS)
 
 
 def test_a_changed_number_a_dead_link_and_a_gone_name_are_found(tmp_path, monkeypatch):

@@ -30,8 +30,9 @@ TESTED = "eval/kid"
 NOTE = (
     "Mean over seeds, with the 95 % confidence interval of the mean (Student's t). Difference: row minus base over "
     "common seeds, which share data order and noises; two-sided paired t-test, p after Holm's correction over the "
-    "group's rows. A row that diverged counts with its last score. The embedded teacher is small and memorises its few "
-    "hundred pictures: this shows how the terms act on one small problem, not that they do so at the paper's scale."
+    "group's rows. Warned: runs of which a monitor said something. A row that diverged counts with its last score. "
+    "The embedded teacher is small and memorises its few hundred pictures: this shows how the terms act on one small "
+    "problem, not that they do so at the paper's scale."
 )
 HEAD = """<!doctype html><meta charset='utf-8'><title>senseflow: ablation</title>
 <style>body{font:14px sans-serif;margin:2em} td,th{padding:2px 8px;text-align:right} img{max-width:100%}
@@ -74,7 +75,7 @@ def differences(group: str, records: Records, score: str = TESTED) -> dict[str, 
 def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of a group; rows without a record yet have no cells."""
     title = dict((name, text) for name, text, _ in SCORES)[TESTED]
-    columns = ["row", "seeds", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
+    columns = ["row", "seeds", "warned", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
                f"{title} minus {BASES[group]}", "p (Holm)"]  # fmt: skip
     apart, rows = differences(group, records), []
     for row in GROUPS[group]:
@@ -93,7 +94,7 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
         p = "-" if d is None or d.adjusted is None else f"{d.adjusted:.2g}" + (" *" if d.significant else "")
         diverged = sum(r["status"] != "done" for r in runs)
         seeds = str(len(runs)) + (f", {diverged} diverged" if diverged else "")
-        rows.append([row.title, seeds, *cells, gap, p])
+        rows.append([row.title, seeds, str(sum(bool(r.get("warnings")) for r in runs)), *cells, gap, p])
     return columns, rows
 
 
@@ -130,6 +131,16 @@ def draw(group: str, records: Records, file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def said(group: str, records: Records) -> list[str]:
+    """What a group's monitors warned of, and how runs ended that did not end well."""
+    lines = []
+    for row in GROUPS[group]:
+        for seed, record in sorted(records.get(row.name, {}).items()):
+            texts = [*record.get("warnings", []), *([record["status"]] if record["status"] != "done" else [])]
+            lines += [f"{row.name}, seed {seed}: {text}" for text in texts]
+    return lines
+
+
 def replaced(file: Path, text: str) -> None:
     """Writes a file at once, as another process may be writing it too."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -159,7 +170,8 @@ def write_report(folder: Path, groups: list[str]) -> Path:
         cells = [f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"
                  for tag, r in [("th", columns), *(("td", r) for r in rows)]]  # fmt: skip
         parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", f"<table>{''.join(cells)}</table>",
-                  f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>"]  # fmt: skip
+                  f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>",
+                  *(f"<br>{html.escape(line)}" for line in said(group, records))]  # fmt: skip
     file = folder / "report.html"
     replaced(file, "\n".join(parts) + "\n")
     return file
