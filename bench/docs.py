@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 def pages() -> list[Path]:
     """Every Markdown file that a user reads."""
-    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "csrc" / "README.md"]
     return [*named, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -134,6 +134,33 @@ def moments_table() -> str:
     return table(["mean of 3 seeds", "fp32", "8-bit", "spread of fp32"], cells)
 
 
+def data_table() -> str:
+    from bench.data import table as lines
+
+    return lines(read("bench/results/data-cpu-intel-r-xeon-r-processor-2-80ghz.json")) + "\n"
+
+
+def forwards() -> str:
+    from bench.forwards import tables
+
+    return "\n".join(tables(read("bench/results/forwards.json"))).rstrip() + "\n"
+
+
+def csrc_table() -> str:
+    """Median of torch's forms over the median of ours, of the newest run of bench/test_csrc.py."""
+    found = [json.loads(f.read_text()) for f in sorted((ROOT / "bench" / "results").glob("cpu-*/*.json"))]
+    runs = [run for run in found if any(r["op"].startswith("csrc") for r in run["rows"])]
+    rows = [r for r in max(runs, key=lambda run: run["environment"]["time"])["rows"] if r["op"].startswith("csrc")]
+    cases, names = list(dict.fromkeys(r["case"] for r in rows)), {"csrc adamw": "AdamW + IDA + EMA, fp32"}
+    cells = []
+    for op in dict.fromkeys(r["op"] for r in rows):
+        mine = [[r for r in rows if (r["op"], r["case"]) == (op, case)] for case in cases]
+        pairs = [sorted(both, key=lambda r: r["kind"] != "ours") for both in mine]
+        ratios = [f"{other['median_s'] / ours['median_s']:.2f}" for ours, other in pairs]
+        cells.append([names.get(op, op.removeprefix("csrc ")), pairs[0][1]["form"], *ratios])
+    return table(["", "beside", *cases], cells)
+
+
 def ablation(group: str) -> Callable[[], str]:
     """A group's table and curves from docs/ablation; a line that says so where nothing is recorded yet."""
 
@@ -171,6 +198,9 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "moments-table": moments_table,
     "precision-table": precision_table,
     "memory-table": memory_table,
+    "data-table": data_table,
+    "csrc-table": csrc_table,
+    "forwards": forwards,
     "dropin-before": source(DROPIN, "def dmd_before", "# -- after"),
     "dropin-after": source(DROPIN, "def dmd_after", "# -- the loop"),
     "dropin-loop": source(DROPIN, "        # the student: one step", "    return run"),
