@@ -261,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, senseflow_kernels.Unavailable) as error:
         print(f"senseflow.ablate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # between two runs, or before one has begun: a run itself saves
+        print("stopped: the same command goes on")
+        return 130
 
 
 if __name__ == "__main__":

@@ -151,3 +151,28 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     assert "is no folder of pictures" in error("--pictures", str(tmp_path / "none"), "--metrics", "clip")
     assert "--batch 0" in error(*student, "--batch", "0")
     assert "clone of the benchmark's repository" in error(*student, "--write", f"geneval={tmp_path}")
+
+
+@pytest.mark.slow
+def test_an_embedded_student_and_its_teacher_by_name(made, tmp_path, capsys, monkeypatch):
+    """--embedded captions, the shipped teacher as the reference; a network's weights missing leaves the rest."""
+    from senseflow.models.embedded import teacher_folder
+
+    _, weights = made
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    make_run("tiny", teacher_folder(""), tmp_path / "run", "--model.side", "32", "--model.teacher", "")
+    argv = ["--student", str(tmp_path / "run"), "--embedded", "--limit", "4", "--images", "2", "--batch", "8",
+            "--teacher-steps", "2", "--metrics", "all", *weights]  # fmt: skip
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert record["family"] == "embedded" and record["pictures"] == {"student": 8, "teacher": 8}
+    assert {"fd-lite0-t", "kid-lite0-t", "clip", "hpsv2", "pickscore", "imagereward", "lpips", "clip-diversity"} == set(
+        record["scores"]["student"]
+    )
+    said = capsys.readouterr().out
+    for name in ("fid-t", "patch-fid-t", "fid", "hpsv2.1"):
+        (line,) = [x for x in said.splitlines() if x.startswith(f"{name} is left out: ")]
+        assert line.removeprefix(f"{name} is left out: ") == record["missing"][name]
+    assert "HF_HUB_OFFLINE is set" in record["missing"]["fid-t"]
+    assert all(torch.isfinite(torch.tensor(s["value"])) for s in record["scores"]["student"].values())
