@@ -28,7 +28,7 @@ from senseflow.scores import coco
 from senseflow.scores.benchmarks import IMAGES, layout, read_results, write_dpg_grids
 from senseflow.scores.pictures import FeatureStore, PictureSet, picture_folder
 from senseflow.scores.registry import EXTRACTORS, METRICS, Metric, find_metrics
-from senseflow.scores.report import print_report, versions
+from senseflow.scores.report import left_out, print_report, versions
 from senseflow.student import default_device
 
 STUDENT_SEED, TEACHER_SEED = 1, 2  # independent noises, as everywhere
@@ -269,8 +269,8 @@ def extract(run: Run, store: FeatureStore, sets: dict[str, PictureSet]) -> None:
                     pass
         except UserError as error:
             run.missing |= {m.name: str(error) for m in users}
-    for name, reason in run.missing.items():
-        run.say(f"{name} is left out: {reason}")
+    for line in left_out(run.missing):
+        run.say(line)
 
 
 def reduced(run: Run, store: FeatureStore, sets: dict[str, PictureSet]) -> dict[str, dict[str, Any]] | None:
