@@ -16,7 +16,7 @@ from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
 from senseflow.ablation.stats import holm, mean_and_half_width, paired
 from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
-from senseflow.logs import Diverged
+from senseflow.logs import FATAL, Diverged
 
 
 def test_interval_and_paired_test_are_scipys():
@@ -73,11 +73,14 @@ def test_table_and_bands_from_records(tmp_path):
     for row, values in scores.items():
         for seed, kid in enumerate(values):
             status = "diverged: x" if (row, seed) == ("dmd2", 1) else "done"
-            (tmp_path / "runs" / f"{row}-{seed}.json").write_text(json.dumps(made_record(row, seed, kid, status)))
+            record = made_record(row, seed, kid, status)
+            if (row, seed) != ("dmd2", 0):
+                record["warnings"] = [f"iteration 9: {FATAL[1] if row == 'dmd2' else 'over 20 % of x0 is saturated'}"]
+            (tmp_path / "runs" / f"{row}-{seed}.json").write_text(json.dumps(record))
     records = read_records(tmp_path)
     columns, rows = table("core", records)
     by_title = {r[0]: dict(zip(columns, r, strict=True)) for r in rows}
-    assert by_title["DMD2"]["seeds"] == "3, 1 diverged"
+    assert by_title["DMD2"]["seeds"] == "3, 1 diverged" and by_title["DMD2"]["diverging"] == "2"
     assert by_title["DMD2"]["dithered KID x1000 minus full"].startswith("20.0 +- ")
     assert by_title["full without IDA"]["dithered KID x1000 minus full"] == "2.0"  # one seed: no interval, no p
     assert by_title["DMD2 +IDA"]["dithered KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
@@ -87,7 +90,12 @@ def test_table_and_bands_from_records(tmp_path):
     assert (x, mean) == ([0, 4], [50.0, 13.0]) and half[0] == 0
     assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
     page = write_report(tmp_path, ["core"]).read_text()
-    assert "20.0 +- " in page and "data:image/png;base64," in page and (tmp_path / "core.png").stat().st_size > 5000
+    assert (
+        "full, seed 0: iteration 9: over 20 % of x0 is saturated" in page
+        and "20.0 +- " in page
+        and "data:image/png;base64," in page
+        and (tmp_path / "core.png").stat().st_size > 5000
+    )
 
 
 def arguments(tmp_path, *words):

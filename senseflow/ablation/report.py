@@ -13,6 +13,7 @@ from typing import Any
 from senseflow.ablation.rows import BASES, GROUPS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 from senseflow.config import UserError
+from senseflow.logs import FATAL
 
 SCORES = [
     ("eval/kid_raw", "KID x1000", 1),
@@ -30,7 +31,8 @@ TESTED = "eval/kid"
 NOTE = (
     "Mean over seeds, with the 95 % confidence interval of the mean (Student's t). Difference: row minus base over "
     "common seeds, which share data order and noises; two-sided paired t-test, p after Holm's correction over the "
-    "group's rows. Warned: runs of which a monitor said something. A row that diverged counts with its last score. "
+    "group's rows. Diverging: runs of which a monitor said what `health.on_divergence stop` stops at. A row that "
+    "diverged counts with its last score. "
     "The embedded teacher is small and memorises its few hundred pictures: this shows how the terms act on one small "
     "problem, not that they do so at the paper's scale."
 )
@@ -75,7 +77,7 @@ def differences(group: str, records: Records, score: str = TESTED) -> dict[str, 
 def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of a group; rows without a record yet have no cells."""
     title = dict((name, text) for name, text, _ in SCORES)[TESTED]
-    columns = ["row", "seeds", "warned", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
+    columns = ["row", "seeds", "diverging", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
                f"{title} minus {BASES[group]}", "p (Holm)"]  # fmt: skip
     apart, rows = differences(group, records), []
     for row in GROUPS[group]:
@@ -94,7 +96,7 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
         p = "-" if d is None or d.adjusted is None else f"{d.adjusted:.2g}" + (" *" if d.significant else "")
         diverged = sum(r["status"] != "done" for r in runs)
         seeds = str(len(runs)) + (f", {diverged} diverged" if diverged else "")
-        rows.append([row.title, seeds, str(sum(bool(r.get("warnings")) for r in runs)), *cells, gap, p])
+        rows.append([row.title, seeds, str(sum(map(diverging, runs))), *cells, gap, p])
     return columns, rows
 
 
@@ -129,6 +131,12 @@ def draw(group: str, records: Records, file: Path) -> None:
         if k == 0:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=100)
+
+
+def diverging(record: dict[str, Any]) -> bool:
+    """Whether a run ended by itself, or a monitor said of it what a run does not come back from."""
+    fatal = (*FATAL, "not finite")
+    return record["status"] != "done" or any(text in line for line in record.get("warnings", []) for text in fatal)
 
 
 def said(group: str, records: Records) -> list[str]:
