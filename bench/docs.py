@@ -146,6 +146,12 @@ def forwards() -> str:
     return "\n".join(tables(read("bench/results/forwards.json"))).rstrip() + "\n"
 
 
+def mixture_table() -> str:
+    from bench.mixture import lines
+
+    return table(*lines(read("bench/results/mixture.json")))
+
+
 def csrc_table() -> str:
     """Median of torch's forms over the median of ours, of the newest run of bench/test_csrc.py."""
     found = [json.loads(f.read_text()) for f in sorted((ROOT / "bench" / "results").glob("cpu-*/*.json"))]
@@ -201,6 +207,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "data-table": data_table,
     "csrc-table": csrc_table,
     "forwards": forwards,
+    "mixture-table": mixture_table,
     "dropin-before": source(DROPIN, "def dmd_before", "# -- after"),
     "dropin-after": source(DROPIN, "def dmd_after", "# -- the loop"),
     "dropin-loop": source(DROPIN, "        # the student: one step", "    return run"),
