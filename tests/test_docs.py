@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import docs, peers, site
+from bench import docs, peers, site_links
 from senseflow.ablation.rows import GROUPS
 
 
@@ -43,11 +43,11 @@ def test_links_out_of_the_site_become_names():
     text = "[b](b.md#x) ![p](../p.png) [code](../senseflow/a.py) [`a.py`](../../senseflow/a.py) "
     text += "[w](https://x/y) `[z](../z)`\n"
     text += "```\n[z](../z)\n```\n"
-    assert site.inside(text, "evidence/README.md") == (
+    assert site_links.inside(text, "evidence/README.md") == (
         "[b](b.md#x) ![p](../p.png) [code](../senseflow/a.py) `senseflow/a.py` [w](https://x/y) `[z](../z)`\n"
         "```\n[z](../z)\n```\n"
     )
-    assert site.inside("[code](../senseflow/a.py)", "data.md") == "code (`senseflow/a.py`)"
+    assert site_links.inside("[code](../senseflow/a.py)", "data.md") == "code (`senseflow/a.py`)"
 
 
 def dropin_blocks() -> list[str]:
