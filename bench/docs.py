@@ -156,21 +156,35 @@ def csrc_table() -> str:
 
 
 def ablation(group: str) -> Callable[[], str]:
-    """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
+    """A group's table and curves from docs/ablation; a line that says so where nothing is recorded yet."""
 
     def made() -> str:
         from senseflow.ablation import report
 
         records = report.read_records(ROOT / "docs" / "ablation")
-        columns, rows = report.table(group, records)
-        if all(row[1] == "0" for row in rows):
+        if group not in report.with_records(records):
             return f"Not run yet: `python -m senseflow.ablate {group}`.\n"
-        return table(columns, rows)
+        curves = f"ablation/{group}.png"
+        picture = f"\n![curves of the group {group}]({curves})\n" if (ROOT / "docs" / curves).is_file() else ""
+        return table(*report.table(group, records)) + picture
 
     return made
 
 
-GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
+def source(path: str, first: str, last: str) -> Callable[[], str]:
+    """The lines of a file from the one that begins with `first` up to the one before `last`, as a block of code."""
+
+    def made() -> str:
+        text = (ROOT / path).read_text()
+        lines = text[text.index(f"\n{first}") : text.index(f"\n{last}")].strip("\n").splitlines()
+        indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+        return "```python\n" + "\n".join(line[indent:].rstrip() for line in lines).rstrip() + "\n```\n"
+
+    return made
+
+
+DROPIN = "examples/dmd2_dropin.py"
+GROUPS = ("core", "removed", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
 NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
     "tiny-seeds": tiny_seeds,
@@ -180,12 +194,17 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "memory-table": memory_table,
     "data-table": data_table,
     "csrc-table": csrc_table,
+    "dropin-before": source(DROPIN, "def dmd_before", "# -- after"),
+    "dropin-after": source(DROPIN, "def dmd_after", "# -- the loop"),
+    "dropin-loop": source(DROPIN, "        # the student: one step", "    return run"),
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
 }
 
 
 def same_table(a: str, b: str) -> bool:
-    """Whether two blocks say the same: cells compared, whatever pads them."""
+    """Whether two blocks say the same: cells compared, whatever pads them; code to the letter."""
+    if "```" in b:
+        return a.strip() == b.strip()
 
     def plain(text: str) -> list[list[str]]:
         return [[cell.strip(" -:") if set(cell.strip()) <= set("-:") else cell.strip() for cell in line.split("|")]

@@ -33,6 +33,12 @@ GROUPS: dict[str, list[Row]] = {
         FULL,
         NO_IDA,
     ],
+    "removed": [  # the paper's own table: one part taken away, and both (paper.md 5)
+        FULL,
+        Row("full-no-isg", "full without ISG", ("tiny", "--isg.weight", "0")),
+        NO_IDA,
+        Row("full-no-ida-isg", "full without both", ("tiny", "--ida.lam", "1", "--isg.weight", "0")),
+    ],
     "ttur": [
         FULL,
         Row("no-ida-ttur5", "without IDA, 5 fake updates", ("tiny", "--ida.lam", "1", "--train.gen_every", "5")),
@@ -65,8 +71,7 @@ GROUPS: dict[str, list[Row]] = {
         Row("harsh-full-no-ida", "the same without IDA", ("tiny", *HARSH, "--ida.lam", "1")),
     ],
 }  # fmt: skip
-BASES = {"core": "full", "ttur": "full", "lambda": "full", "variants": "full", "midpoint": "full", "steps": "full",
-         "unstable": "harsh-dmd2"}  # fmt: skip
+BASES = {group: "full" for group in GROUPS} | {"unstable": "harsh-dmd2"}
 
 
 def rows_of(groups: list[str]) -> list[Row]:
