@@ -159,27 +159,27 @@ def test_the_script_of_one_node_goes_on_after_a_signal_to_torchrun(start, tmp_pa
     """SIGTERM to torchrun: its workers save and end with 75, it with 1; the script starts it again with --resume."""
     out = tmp_path / "out"
     script = ["bash", str(ROOT / "examples" / "torchrun_1x8.sh")]
-    run = start(script, f"--out={out}", "--train.iterations=60")
+    run = start(script, f"--out={out}", "--train.iterations=30")
     first_checkpoint(out, run)
     found = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "torchrun"], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[0]), signal.SIGTERM)
     assert run.wait() == 0, log_of(tmp_path)
     said = log_of(tmp_path)
     assert "attempt 1 ended with status 1" in said and said.count(f"resumed from {out}/checkpoints/step-") == 1
-    assert "and saved: go on with --resume" in said and newest(out) == (60, 2)
+    assert "and saved: go on with --resume" in said and newest(out) == (30, 2)
 
 
 def test_slurm_requeues_a_preempted_job_and_it_goes_on(start, tmp_path):
     """slurm_4x8.sh: USR1 to the tasks; all save and end with 75, and the job queues itself again."""
     out = tmp_path / "out"
     script = ["bash", str(ROOT / "examples" / "slurm_4x8.sh")]
-    job = start(script, "--out", str(out), "--train.iterations=60")
+    job = start(script, "--out", str(out), "--train.iterations=30")
     first_checkpoint(out, job)
     found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "srun"], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[0]), signal.SIGUSR1)
     assert job.wait() == 75, log_of(tmp_path)
     assert (tmp_path / "queue").read_text() == f"requeue {os.getpid()}\n"
-    assert 2 <= newest(out)[0] < 60 and newest(out)[1] == 2
-    again = start(script, "--out", str(out), "--train.iterations=60")
+    assert 2 <= newest(out)[0] < 30 and newest(out)[1] == 2
+    again = start(script, "--out", str(out), "--train.iterations=30")
     assert again.wait() == 0, log_of(tmp_path)
-    assert newest(out) == (60, 2) and "resumed from" in log_of(tmp_path)
+    assert newest(out) == (30, 2) and "resumed from" in log_of(tmp_path)
