@@ -54,10 +54,11 @@ def section(name: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         print_table(*report(found[1] if found else planner.plan(cfg)))
+    plan = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
     command = f"python -m senseflow.train {typed} {flags(found[0]) if found else ''}".strip()
     verdict = "" if found else "\nIt does not fit, with no set of switches.\n"
     print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    return f"### {title}\n{verdict}\n```\n{command} --dry-run\n\n{out.getvalue().rstrip()}\n```\n"
+    return f"### {title}\n{verdict}\n```\n{command} --dry-run\n\n{plan}\n```\n"
 
 
 def written(page: str, made: dict[str, str]) -> str:

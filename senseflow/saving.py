@@ -54,7 +54,7 @@ class Saver:
 
         try:
             pending = dcp.async_save(
-                tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group,
+                tensors, storage_writer=_writer(partial), process_group=self.group,
                 no_dist=self.group is None,
             )  # fmt: skip
         except (OSError, RuntimeError) as error:
@@ -159,6 +159,21 @@ class Saver:
         if self.failure is not None:
             error, self.failure = self.failure, None
             raise error
+
+
+def _writer(folder: Path) -> Any:
+    """torch's writer of tensors. An error goes to the other ranks by pickle, which drops what it came from: so it is
+    the file system's own where there is one."""
+    import torch.distributed.checkpoint as dcp
+
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            written, error = _tried(lambda: super(Writer, self).write_data(plan, planner))
+            if error is not None:
+                raise _os_error(error) or error
+            return written
+
+    return Writer(folder)
 
 
 def _tried(make: Callable[[], Any]) -> tuple[Any, BaseException | None]:

