@@ -167,6 +167,17 @@ def csrc_table() -> str:
     return table(["", "beside", *cases], cells)
 
 
+def fp8_table() -> str:
+    """Relative errors at each sigma; of random teachers the score's alone: their guidance points nowhere."""
+    record, rows = read("bench/results/fp8.json"), []
+    for one in record["teachers"]:
+        kinds = {"score": "score", "guided": "guided score", "dmd_gradient": "DMD gradient at the start"}
+        for key, words in kinds.items() if not rows else [("score", "score")]:
+            name = f"{one['teacher']} ({one['weights']:.1f} M weights): {words}"
+            rows.append([name, *(f"{100 * row[key]:.2f} %" for row in one["rows"])])
+    return table(["sigma", *(f"{row['sigma']:g}" for row in record["teachers"][0]["rows"])], rows)
+
+
 def ablation(group: str) -> Callable[[], str]:
     """A group's table and curves from docs/ablation; a line that says so where nothing is recorded yet."""
 
@@ -212,6 +223,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "dropin-before": source(DROPIN, "def dmd_before", "# -- after"),
     "dropin-after": source(DROPIN, "def dmd_after", "# -- the loop"),
     "dropin-loop": source(DROPIN, "        # the student: one step", "    return run"),
+    "fp8-table": fp8_table,
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
 }
 
