@@ -295,7 +295,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                "log.tensorboard = True, but tensorboard is not installed: install it, or set False"
+                "log.tensorboard = True, but tensorboard is missing: run pip install -e '.[train]', or set False"
             ) from None
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=purge_step)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from senseflow import __version__
-from senseflow.cli import convert, parse
+from senseflow.cli import convert, extra_named, parse
 from senseflow.config import Config, UserError, describe
 from senseflow.data import shards
 from senseflow.data.cache import setting_fields
@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
             counts = shards.verify(Path(options.out))
             print(f"{counts['good']} files as they were written, {counts['bad']} not", flush=True)
             return 1 if counts["bad"] else 0
-        prepare(options, cfg)
+        with extra_named():
+            prepare(options, cfg)
     except UserError as error:
         print(f"senseflow.prepare: {error}", file=sys.stderr)
         return 2
