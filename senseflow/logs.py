@@ -374,6 +374,8 @@ class RunLog:
         if self.writer:
             self.writer.add_image("grid", grid, iteration)
             self.writer.flush()
+        if iteration == self.start:  # what it took, a minute on a CPU, would be counted into every iteration left
+            self.began = self.spoke = time.monotonic()
         scores = "  ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in row.items())
         self.say(f"iteration {iteration}: {scores or f'pictures in {picture_path}'}")
 
