@@ -24,7 +24,7 @@ from senseflow import __version__
 from senseflow.cli import convert, extra_named, parse
 from senseflow.config import Config, UserError, describe
 from senseflow.data import shards
-from senseflow.data.cache import setting_fields
+from senseflow.data.cache import is_cache, setting_fields
 from senseflow.data.samples import Skipped
 from senseflow.data.stream import Items, choose
 from senseflow.encoding import LATENT_DTYPES, Maker, Options, space
@@ -83,6 +83,8 @@ def arguments(argv: list[str]) -> tuple[Options, Config]:
             raise UserError(f"--{field.replace('_', '-')} {getattr(options, field)}: allowed is {low} or more")
     if not cfg.data.path and not options.verify:
         raise UserError("--data is missing: name a folder of pictures or another source")
+    if is_cache(cfg.data.path):
+        raise UserError(f"--data {cfg.data.path} is a cache already: train with it")
     if cfg.data.crop != "center":
         raise UserError("data.crop = 'random': a cache holds one crop; allowed is center")
     if options.latents_dtype == "auto":

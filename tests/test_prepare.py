@@ -315,11 +315,15 @@ def test_bad_samples_are_left_out_and_listed(teachers, tmp_path, capsys):
         (["--out", "x", "--data", "y", "--shard", "many"], "--shard 'many': allowed is a whole number"),
         (["--out", "x", "--data", "/nowhere"], "does not exist"),
         (["--out", "x", "--data", "y", "--data.crop", "random"], "a cache holds one crop"),
-        (["--out", "x", "--verify"], "is not finished"),
+        (["--out", "x", "--verify"], "--out x holds no cache: name the folder that senseflow.prepare made"),
+        (["--out", "unfinished", "--verify"], "cache unfinished is not finished"),
+        (["--out", "x", "--data", "unfinished"], "--data unfinished is a cache already: train with it"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "settings.json").write_text("{}")
     assert prepare(flags) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
