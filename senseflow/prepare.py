@@ -65,9 +65,9 @@ def arguments(argv: list[str]) -> tuple[Options, Config]:
             value = words.pop(0)
         found[field] = convert(name, kinds[field], value)
     if any(word in ("-h", "--help") for word in rest):
-        print(
-            (__doc__ or "").strip() + "\n\n" + "\n".join(f"  --{k.replace('_', '-'):<20} {v}" for k, v in HELP.items())
-        )
+        takes = {k: "a switch" if kind is bool else f"default {getattr(Options, k)!r}" for k, kind in kinds.items()}
+        lines = [f"  --{k.replace('_', '-'):<20} {text} [{takes[k]}]" for k, text in HELP.items()]
+        print((__doc__ or "").strip() + "\n\n" + "\n".join(lines))
         print("\nBesides, every setting of a run: see python -m senseflow.train --help")
         sys.exit(0)
     options, cfg = Options(**found), parse(rest, "").config

@@ -1,5 +1,6 @@
 """Caches: equal to the images they were made of, refused where they do not suit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
 from senseflow.data.cache import CHOICES, CacheReader, read_row
 from senseflow.data.samples import BadSample
+from senseflow.encoding import Options
 from senseflow.prepare import main as prepare
 from senseflow.steps import encoded as with_latents
 from senseflow.train import build, iterate
@@ -327,3 +329,11 @@ def test_bad_flags_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
     assert prepare(flags) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_help_names_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "[default 256]" in printed and "[a switch]" in printed
+    assert all(f"  --{field.name.replace('_', '-')} " in printed for field in dataclasses.fields(Options))
