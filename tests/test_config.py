@@ -116,6 +116,7 @@ def test_every_choice_is_closed():
         ({"disc": {"taps": []}}, "disc.taps = (): allowed is one or more different blocks, -1 to 39"),
         ({"disc": {"taps": [2, 2]}}, "disc.taps = (2, 2): allowed is one or more different blocks, -1 to 39"),
         ({"out": ""}, "out = '': allowed is the name of a folder"),
+        ({"eval": {"prompts": 1}}, "eval.prompts = 1: allowed is 0, all of them, or 2 or more"),
         ({"model": {"shift": 0}}, "model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'"),
         ([], "config = []"),
     ],
