@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 def pages() -> list[Path]:
     """Every Markdown file that a user reads."""
-    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "csrc" / "README.md"]
     return [*named, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -134,22 +134,57 @@ def moments_table() -> str:
     return table(["mean of 3 seeds", "fp32", "8-bit", "spread of fp32"], cells)
 
 
+def data_table() -> str:
+    from bench.data import table as lines
+
+    return lines(read("bench/results/data-cpu-intel-r-xeon-r-processor-2-80ghz.json")) + "\n"
+
+
+def csrc_table() -> str:
+    """Median of torch's forms over the median of ours, of the newest run of bench/test_csrc.py."""
+    found = [json.loads(f.read_text()) for f in sorted((ROOT / "bench" / "results").glob("cpu-*/*.json"))]
+    runs = [run for run in found if any(r["op"].startswith("csrc") for r in run["rows"])]
+    rows = [r for r in max(runs, key=lambda run: run["environment"]["time"])["rows"] if r["op"].startswith("csrc")]
+    cases, names = list(dict.fromkeys(r["case"] for r in rows)), {"csrc adamw": "AdamW + IDA + EMA, fp32"}
+    cells = []
+    for op in dict.fromkeys(r["op"] for r in rows):
+        mine = [[r for r in rows if (r["op"], r["case"]) == (op, case)] for case in cases]
+        pairs = [sorted(both, key=lambda r: r["kind"] != "ours") for both in mine]
+        ratios = [f"{other['median_s'] / ours['median_s']:.2f}" for ours, other in pairs]
+        cells.append([names.get(op, op.removeprefix("csrc ")), pairs[0][1]["form"], *ratios])
+    return table(["", "beside", *cases], cells)
+
+
 def ablation(group: str) -> Callable[[], str]:
-    """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
+    """A group's table and curves from docs/ablation; a line that says so where nothing is recorded yet."""
 
     def made() -> str:
         from senseflow.ablation import report
 
         records = report.read_records(ROOT / "docs" / "ablation")
-        columns, rows = report.table(group, records)
-        if all(row[1] == "0" for row in rows):
+        if group not in report.with_records(records):
             return f"Not run yet: `python -m senseflow.ablate {group}`.\n"
-        return table(columns, rows)
+        curves = f"ablation/{group}.png"
+        picture = f"\n![curves of the group {group}]({curves})\n" if (ROOT / "docs" / curves).is_file() else ""
+        return table(*report.table(group, records)) + picture
 
     return made
 
 
-GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
+def source(path: str, first: str, last: str) -> Callable[[], str]:
+    """The lines of a file from the one that begins with `first` up to the one before `last`, as a block of code."""
+
+    def made() -> str:
+        text = (ROOT / path).read_text()
+        lines = text[text.index(f"\n{first}") : text.index(f"\n{last}")].strip("\n").splitlines()
+        indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+        return "```python\n" + "\n".join(line[indent:].rstrip() for line in lines).rstrip() + "\n```\n"
+
+    return made
+
+
+DROPIN = "examples/dmd2_dropin.py"
+GROUPS = ("core", "removed", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
 NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
     "tiny-seeds": tiny_seeds,
@@ -157,12 +192,19 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "moments-table": moments_table,
     "precision-table": precision_table,
     "memory-table": memory_table,
+    "data-table": data_table,
+    "csrc-table": csrc_table,
+    "dropin-before": source(DROPIN, "def dmd_before", "# -- after"),
+    "dropin-after": source(DROPIN, "def dmd_after", "# -- the loop"),
+    "dropin-loop": source(DROPIN, "        # the student: one step", "    return run"),
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
 }
 
 
 def same_table(a: str, b: str) -> bool:
-    """Whether two blocks say the same: cells compared, whatever pads them."""
+    """Whether two blocks say the same: cells compared, whatever pads them; code to the letter."""
+    if "```" in b:
+        return a.strip() == b.strip()
 
     def plain(text: str) -> list[list[str]]:
         return [[cell.strip(" -:") if set(cell.strip()) <= set("-:") else cell.strip() for cell in line.split("|")]

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from senseflow.config import Config, UserError, describe, near, replace, settings, span
+from senseflow.config import Config, UserError, replace, settings
 from senseflow.presets import PRESETS
+from senseflow.section import describe, near, span
 
 ALIASES = {
     "teacher": "model.teacher", "data": "data.path", "compile": "kernels.compile", "graphs": "kernels.graphs",

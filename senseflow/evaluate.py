@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,15 +208,23 @@ def find_reference(teacher: Path, cfg: Config) -> Path:
     the user's cache, made once (minutes on a CPU)."""
     key = many_step_key(teacher, cfg) | dict(prompts=cfg.eval.prompts)
     cached = cache_folder() / f"reference-{short_name(key)}"
-    for folder in (SHIPPED_REFERENCE, cached):
+
+    def whole(folder: Path) -> bool:
         file = folder / "reference.json"
-        if file.is_file():
-            record = json.loads(file.read_text())
-            if "few" in record and all(record.get(k) == v for k, v in key.items()):
-                return folder
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        return "few" in record and all(record.get(k) == v for k, v in key.items())
+
+    for folder in (SHIPPED_REFERENCE, cached):
+        if whole(folder):
+            return folder
     print(f"no reference of this teacher yet: making it once, in {cached}", flush=True)
-    e = cfg.eval
-    make_reference(teacher, cached, e.teacher_steps, e.teacher_guidance, e.teacher_shift, e.prompts)
+    e, made = cfg.eval, cached.with_name(f"{cached.name}.{os.getpid()}")  # another run may be making it too
+    make_reference(teacher, made, e.teacher_steps, e.teacher_guidance, e.teacher_shift, e.prompts)
+    if whole(cached):
+        shutil.rmtree(made)
+    else:
+        shutil.rmtree(cached, ignore_errors=True)
+        os.replace(made, cached)
     return cached
 
 
@@ -266,7 +275,9 @@ class Evaluator:
             print(f"no scores of this teacher at {steps} steps yet: making them once, in {file}", flush=True)
             rows = few_step_scores(self.reference, self.adapter, teacher, self.cond, steps)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows) + "\n")
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(rows) + "\n")
+            os.replace(partial, file)
         return json.loads(file.read_text())
 
     def measure(self, net: nn.Module, anchors: list[float], sampler: str = "renoise") -> Look:

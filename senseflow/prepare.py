@@ -22,13 +22,14 @@ import torch
 
 from senseflow import __version__
 from senseflow.cli import convert, extra_named, parse
-from senseflow.config import Config, UserError, describe
+from senseflow.config import Config, UserError
 from senseflow.data import shards
 from senseflow.data.cache import is_cache, setting_fields
 from senseflow.data.samples import Skipped
 from senseflow.data.stream import Items, choose
 from senseflow.encoding import LATENT_DTYPES, Maker, Options, space
 from senseflow.models.identity import identity
+from senseflow.section import describe
 
 HELP = {
     "out": "the cache's folder",

@@ -1,7 +1,7 @@
 """Scores a student, or a folder of pictures, with the metrics of the field.
 
-    python -m senseflow.evaluate --student RUN --coco COCO_FOLDER --metrics fid-t patch-fid-t clip hpsv2 pickscore
-    imagereward python -m senseflow.evaluate --pictures FOLDER --reference TEACHER_FOLDER --real FOLDER --metrics all
+    python -m senseflow.evaluate --student RUN --coco COCO_FOLDER --metrics fid-t patch-fid-t clip hpsv2 imagereward
+    python -m senseflow.evaluate --pictures FOLDER --reference TEACHER_FOLDER --real FOLDER --metrics all
     python -m senseflow.evaluate --student RUN --write geneval=CLONE    # pictures for the benchmark's own evaluator
     python -m senseflow.evaluate --student RUN --read geneval=results.jsonl
     python -m senseflow.evaluate --student runs/tiny                    # the embedded table of a finished run

@@ -78,7 +78,10 @@ class PhasedAdapter:
     def predict(
         self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
     ) -> Tensor:
-        with nullcontext() if self.profiler.inside else self.profiler.phase(self.names[id(net)]):
+        if self.profiler.inside:
+            self.profiler.call()
+            return self.adapter.predict(net, x, sigma, cond, guidance)
+        with self.profiler.phase(self.names[id(net)]):
             return self.adapter.predict(net, x, sigma, cond, guidance)
 
     def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -135,7 +138,7 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     if d.coin(iteration, cfg.rollout.backward_prob):
         j = d.integer(iteration, len(parts.anchors))
         noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]
-        with parts.phase("rollout"):
+        with parts.phase("rollout") if j else nullcontext():
             x_tau = backward_simulation(parts.adapter, parts.student, noises, parts.anchors, j, batch.cond)
         index = torch.full_like(ids, j)
     else:

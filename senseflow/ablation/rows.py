@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from senseflow.cli import parse
-from senseflow.config import UserError, near
+from senseflow.config import UserError
+from senseflow.section import near
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ GROUPS: dict[str, list[Row]] = {
         Row("dmd2-ida-isg", "DMD2 +IDA +ISG", ("dmd2", *IDA, *ISG)),
         FULL,
         NO_IDA,
+    ],
+    "removed": [  # the paper's own table: one part taken away, and both (paper.md 5)
+        FULL,
+        Row("full-no-isg", "full without ISG", ("tiny", "--isg.weight", "0")),
+        NO_IDA,
+        Row("full-no-ida-isg", "full without both", ("tiny", "--ida.lam", "1", "--isg.weight", "0")),
     ],
     "ttur": [
         FULL,
@@ -64,8 +71,7 @@ GROUPS: dict[str, list[Row]] = {
         Row("harsh-full-no-ida", "the same without IDA", ("tiny", *HARSH, "--ida.lam", "1")),
     ],
 }  # fmt: skip
-BASES = {"core": "full", "ttur": "full", "lambda": "full", "variants": "full", "midpoint": "full", "steps": "full",
-         "unstable": "harsh-dmd2"}  # fmt: skip
+BASES = {group: "full" for group in GROUPS} | {"unstable": "harsh-dmd2"}
 
 
 def rows_of(groups: list[str]) -> list[Row]:
