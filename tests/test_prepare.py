@@ -14,10 +14,12 @@ from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
 from senseflow.data.cache import CHOICES, CacheReader, read_row
 from senseflow.data.samples import BadSample
+from senseflow.dist import World
 from senseflow.encoding import Options
+from senseflow.models.families import make_adapter
 from senseflow.prepare import main as prepare
 from senseflow.steps import encoded as with_latents
-from senseflow.train import build, iterate
+from senseflow.train import build, iterate, open_data
 from senseflow.updates import Updates
 
 pytest.importorskip("diffusers")
@@ -102,6 +104,22 @@ def test_training_from_the_cache_is_training_from_the_images(preset, teachers, p
         torch.testing.assert_close(b.cond.pooled, a.cond.pooled, rtol=1e-5, atol=1e-5)
         assert first == pytest.approx(second, rel=1e-3, abs=1e-5)
     assert len({tuple(batch.pixels.shape[2:]) for batch, _ in rows[0]}) == (3 if flags else 1)
+
+
+def test_the_two_commands_of_the_docs_give_the_embedded_family_its_pictures(pictures, tmp_path):
+    """`prepare --data pictures --out cache`, then `train --data cache`: the batches of `train --data pictures`."""
+    out, found = tmp_path / "cache", []
+    assert prepare(["--data", str(pictures), "--out", str(out)]) == 0
+    for source in (pictures, out):
+        cfg = parse(["--data", str(source)], "").config
+        data = open_data(cfg, make_adapter(cfg.model, CPU), torch.nn.Identity(), World(device=CPU))
+        found.append([data.batch(i, 4) for i in range(3)])
+        data.close()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.latents, b.latents) and torch.equal(a.items, b.items)
+        assert a.pixels.shape == (4, 3, 32, 32)
+        torch.testing.assert_close(b.cond.embeds, a.cond.embeds, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b.cond.pooled, a.cond.pooled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
