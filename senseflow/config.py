@@ -279,6 +279,11 @@ class Eval(Section):
     teacher_guidance: float = doc("their guidance", 1.5)
     teacher_shift: float = doc("their shift", 1.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts == 1:  # a variance of one picture
+            raise UserError("eval.prompts = 1: allowed is 0, all of them, or 2 or more")
+
 
 @dataclass(frozen=True)
 class Log(Section):

@@ -77,12 +77,19 @@ def roll_back(folder: Path, updates: Updates, error: Diverged, slower: float, le
     return checkpoint.iteration_of(path), state
 
 
-def resumed(path: Path, world: World) -> str:
-    """The line that says from what a run goes on."""
+def changed(saved: dict[str, Any], cfg: Config) -> list[str]:
+    """The settings of training that a resume may change and this one does: a flag that was forgotten shows here."""
+    was, now = (flat(to_dict(c)) for c in (from_dict(saved), cfg))
+    names = [name for name in now if name.partition(".")[0] in ("train", "optim") and was[name] != now[name]]
+    return [f"{name} was {was[name]!r} and is {now[name]!r}" for name in names]
+
+
+def resumed(path: Path, world: World, saved: dict[str, Any], cfg: Config) -> str:
+    """The line that says from what a run goes on, and with which other settings of training."""
     text = f"resumed from {path}, iteration {checkpoint.iteration_of(path)}"
     if (path / checkpoint.MANIFEST).exists():
         text += f", saved by {checkpoint.manifest(path)['ranks']} rank(s), now {world.size}"
-    return text
+    return "; ".join([text, *changed(saved, cfg)])
 
 
 def is_best(scores: Mapping[int, float], iteration: int, count: int) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 import senseflow_kernels
 from senseflow.config import Config, Kernels, Model, UserError
-from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+from senseflow.models.embedded import SIDE, EmbeddedAdapter, load_vae, teacher_folder
 from senseflow.models.fp8 import to_fp8
 from senseflow.models.lora import lora_pair
 from senseflow.models.recompute import checkpoint_blocks
@@ -21,6 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _embedded(model: Model, source: str, device: torch.device) -> Any:
+    if model.side != SIDE:
+        raise UserError(f"model.side = {model.side}: allowed is {SIDE} with model.family = 'embedded'")
     folder = teacher_folder(source)
     return EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(folder, device), folder)
 
