@@ -3,10 +3,10 @@
 Every form trains its own copy of the same weights on the same batches and draws, in turns within one process, so a
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
 Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
-off at a time, and tuned (released, all of them off, fused AdamW, transformer blocks and backbone under torch.compile);
-`ours, compile` has the same compiled, `ours, graphs` (with a GPU) is replayed: its networks are called at captures
-alone, so their pictures are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside
-nvidia-modelopt's DMD2, where that is installed.
+off at a time, and tuned (released, all of them off, fused AdamW, compiled as by `--compile blocks`); `ours, compile`
+is compiled too, `ours, graphs` (with a GPU) is replayed: its networks are called at captures alone, so their pictures
+are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside nvidia-modelopt's DMD2, where
+that is installed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch._dynamo import utils as dynamo
 
 from bench.harness import environment
 from bench.modelopt import ModeloptLoop
 from bench.released import ReleasedLoop, Switches
 from senseflow.cli import parse
+from senseflow.compiling import compile_parts
 from senseflow.config import UserError
 from senseflow.graphs import Replayed
 from senseflow.logs import print_table
@@ -76,27 +78,22 @@ class CountedBackbone(torch.nn.Module):
         return self.vfm.features(pixels, *rest)
 
 
-def own_copy(parts: Parts, frozen_too: bool = False) -> tuple[Parts, Counter]:
-    """parts with student, fake and D of its own, the frozen networks shared (or not), and what counts its calls."""
+def own_copy(parts: Parts, compiled_by: Any = None) -> tuple[Parts, Counter]:
+    """parts with student, fake and D of its own, and what counts its calls. The frozen networks are shared, but for a
+    config to compile by: then every network is its own, its blocks compiled as `--compile blocks` has them."""
     mine = replace(
         parts, student=copy.deepcopy(parts.student), fake=copy.deepcopy(parts.fake), disc=copy.deepcopy(parts.disc)
     )
-    if frozen_too:
+    if compiled_by is not None:
         mine.teacher, mine.vfm = copy.deepcopy(parts.teacher), copy.deepcopy(parts.vfm)
+        mine.adapter = copy.copy(parts.adapter)
+        mine.adapter.vae = copy.deepcopy(parts.adapter.vae)
+        compile_parts(mine, replace(compiled_by, kernels=replace(compiled_by.kernels, compile="blocks")))
     counted: Any = Counted(mine)
     mine.adapter = counted
     if mine.vfm is not None:
         mine.vfm = CountedBackbone(mine.vfm, counted.counts)
     return mine, counted.counts
-
-
-def compiled(parts: Parts) -> None:
-    """torch.compile of each transformer block and of the backbone's blocks, in place."""
-    vfm: Any = parts.vfm
-    nets = [parts.adapter.blocks(net) for net in (parts.student, parts.fake, parts.teacher)]
-    for blocks in [*nets, vfm.vfm.blocks if vfm is not None else ()]:
-        for block in blocks:
-            block.compile()
 
 
 def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
@@ -118,9 +115,7 @@ def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, C
     made: dict[str, tuple[Iterate, Counter]] = {}
     for name in only or [name for name in known if name != "modelopt" or find_spec("modelopt")]:
         compiles = name == "tuned" or "compile" in name
-        mine, counts = own_copy(parts, frozen_too=compiles)
-        if compiles:
-            compiled(mine)
+        mine, counts = own_copy(parts, cfg if compiles else None)
         switches = recipes[name]
         if switches is not None:
             made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
@@ -157,10 +152,12 @@ def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int,
     warm = warm_up(cfg)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     losses: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+    graphs = 0
     for iteration in range(warm + iterations):
         batch = encoded(parts, data.batch(iteration, cfg.data.batch), iteration)
         if iteration == warm:
             check(losses, next(iter(made)), cfg.train.gen_every)
+            graphs = dynamo.counters["stats"]["unique_graphs"]
             for _, counts in made.values():
                 counts.clear()
         first = iteration % len(made)  # in turns: each form follows each other one's leftovers in the caches
@@ -174,6 +171,7 @@ def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int,
                 seconds[name].append(now() - start)
             else:
                 losses[name].append({k: float(v) for k, v in found.items()})
+    assert dynamo.counters["stats"]["unique_graphs"] == graphs, "something was compiled while it was timed"
     pictures = {name: dict(counts) for name, (_, counts) in made.items()}
     return dict(seconds=seconds, pictures=pictures, warm=warm)
 
