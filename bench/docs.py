@@ -134,6 +134,48 @@ def moments_table() -> str:
     return table(["mean of 3 seeds", "fp32", "8-bit", "spread of fp32"], cells)
 
 
+def step_rows(file: str, columns: list[str], wanted: tuple[str, ...] = ()) -> str:
+    """Rows of a raw file of bench.step, some by name, and under them what ran; a line where none is recorded."""
+    path = f"bench/results/{file}.json"
+    if not (ROOT / path).exists():
+        return "Not timed yet.\n"
+    record = read(path)
+    rows = [r for r in record["rows"] if not wanted or r["form"] in wanted]
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        low, high = row["quartiles_over_ours"]
+        networks = ("student", "teacher", "fake", "backbone")
+        return {
+            "form": row["form"], "critic ms": f"{row['critic_ms']:.0f}", "generator ms": f"{row['generator_ms']:.0f}",
+            "iteration ms": f"{row['iteration_ms']:.0f}", "time / ours": f"{row['over_ours']:.2f}",
+            "quartiles": f"{low:.2f} to {high:.2f}", **{n: f"{row['pictures'].get(n, 0):.2f}" for n in networks},
+        }[column]  # fmt: skip
+
+    where = record["environment"]
+    said = (
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}: medians of "
+        f"{rows[0]['iterations']} iterations, batch {record['batch']}; `{where['command']}`"
+    )
+    return table(columns, [[cell(row, c) for c in columns] for row in rows]) + f"\n{said}.\n"
+
+
+STEP = ["form", "critic ms", "generator ms", "iteration ms", "time / ours", "quartiles"]
+SHORT = ("ours", "ours, compile", "released", "released, compiled")
+FORWARDS = ["student", "teacher", "fake", "backbone"]
+
+
+def forwards(preset: str) -> Callable[[], str]:
+    """A preset's table of forward-equivalents."""
+
+    def made() -> str:
+        from bench.forwards import table_of
+
+        found = read("bench/results/forwards.json")["presets"].get(preset)
+        return "Not counted yet.\n" if found is None else table_of(found)
+
+    return made
+
+
 def ablation(group: str) -> Callable[[], str]:
     """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
 
@@ -149,6 +191,7 @@ def ablation(group: str) -> Callable[[], str]:
     return made
 
 
+COUNTED = ("tiny", "sd35-medium", "sd35-large", "flux-dev", "sdxl", "flux2-klein")
 GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
 NUMBERS: dict[str, Callable[[], str]] = {
     "tiny-table": tiny_table,
@@ -157,6 +200,16 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "moments-table": moments_table,
     "precision-table": precision_table,
     "memory-table": memory_table,
+    "step-short": lambda: step_rows(
+        "step-tiny",
+        ["form", "iteration ms", "time / ours"],
+        ("ours", "ours, compile", "released", "released, compiled"),
+    ),
+    "step-tiny": lambda: step_rows("step-tiny", [*STEP, *FORWARDS]),
+    "step-savings": lambda: step_rows("step-savings", [*STEP, *FORWARDS]),
+    "step-modelopt": lambda: step_rows("step-modelopt", [*STEP, *FORWARDS[:3]]),
+    "step-fastgen": lambda: step_rows("step-fastgen", [*STEP, *FORWARDS[:3]]),
+    **{f"forwards-{preset}": forwards(preset) for preset in COUNTED},
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
 }
 

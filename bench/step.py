@@ -2,10 +2,11 @@
 
 Every form trains its own copy of the same weights on the same batches and draws, in turns within one process, so a
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
-Forms: ours (senseflow.train.iterate), released (bench.released, the published order), released with one of its wastes
-off at a time, and tuned (released, all of them off, fused AdamW, compiled as by `--compile blocks`); `ours, compile`
-is compiled too, `ours, graphs` (with a GPU) is replayed: its networks are called at captures alone, so their pictures
-are not counted. With `--disc.kind none` and what bench.modelopt.FLAGS has: ours beside nvidia-modelopt's DMD2, where
+Forms: ours (senseflow.train.iterate), and without one of its savings; released (bench.released, the published order),
+and with one of its wastes off at a time; `released, compiled` (tuned-eager: the same with fused AdamW, compiled as by
+`--compile blocks`), and tuned, which has every waste off besides; `ours, compile` is compiled too, `ours, graphs` (with
+a GPU) is replayed: its networks are called at captures alone, so their pictures are not counted. With `--disc.kind
+none` and what bench.modelopt.FLAGS or bench.fastgen.FLAGS has: ours beside nvidia-modelopt's DMD2 or FastGen's, where
 that is installed.
 """
 
@@ -30,6 +31,8 @@ from typing import Any
 import torch
 from torch._dynamo import utils as dynamo
 
+from bench.fastgen import LAST_T, FastGenLoop
+from bench.fastgen import commit as fastgen_commit
 from bench.harness import environment
 from bench.modelopt import ModeloptLoop
 from bench.released import ReleasedLoop, Switches
@@ -38,13 +41,20 @@ from senseflow.compiling import compile_parts
 from senseflow.config import UserError
 from senseflow.graphs import Replayed
 from senseflow.logs import print_table
+from senseflow.models.families import FUSED, fuse_networks
 from senseflow.steps import Parts, encoded
 from senseflow.train import build, iterate
 from senseflow.updates import Updates
+from senseflow_kernels import unfuse_mmdit
 
 Iterate = Callable[[Any, int], dict[str, Any]]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LEAN = Switches(own_features_of_r=False, look_always=False, per_parameter=False, read_back=False, fused_adamw=True)
+LEAN = Switches(
+    own_features_of_r=False, look_always=False, per_parameter=False, read_back=False, fused_adamw=True,
+    fused_blocks=True, kept_reference=True,
+)  # fmt: skip
+
+SAVINGS = ("skip_silent", "keep_reference")  # of ours, by fields of disc
 
 
 class Counted:
@@ -78,17 +88,16 @@ class CountedBackbone(torch.nn.Module):
         return self.vfm.features(pixels, *rest)
 
 
-def own_copy(parts: Parts, compiled_by: Any = None) -> tuple[Parts, Counter]:
-    """parts with student, fake and D of its own, and what counts its calls. The frozen networks are shared, but for a
-    config to compile by: then every network is its own, its blocks compiled as `--compile blocks` has them."""
+def own_copy(parts: Parts, cfg: Any = None, frozen: tuple[Any, Any, Any] | None = None) -> tuple[Parts, Counter]:
+    """parts with student, fake and D of its own, and what counts its calls. The frozen networks (teacher, backbone,
+    adapter) are shared, or those given. cfg: fuses and compiles by its kernels.fuse and kernels.compile."""
     mine = replace(
         parts, student=copy.deepcopy(parts.student), fake=copy.deepcopy(parts.fake), disc=copy.deepcopy(parts.disc)
     )
-    if compiled_by is not None:
-        mine.teacher, mine.vfm = copy.deepcopy(parts.teacher), copy.deepcopy(parts.vfm)
-        mine.adapter = copy.copy(parts.adapter)
-        mine.adapter.vae = copy.deepcopy(parts.adapter.vae)
-        compile_parts(mine, replace(compiled_by, kernels=replace(compiled_by.kernels, compile="blocks")))
+    if frozen is not None:
+        mine.teacher, mine.vfm, mine.adapter = frozen
+    if cfg is not None:
+        set_up(mine, cfg)
     counted: Any = Counted(mine)
     mine.adapter = counted
     if mine.vfm is not None:
@@ -96,36 +105,74 @@ def own_copy(parts: Parts, compiled_by: Any = None) -> tuple[Parts, Counter]:
     return mine, counted.counts
 
 
-def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
-    """Name -> (one iteration, its counts). Raises UserError for a name that is none."""
-    recipes: dict[str, Switches | None] = {"ours": None, "ours, compile": None}
+def set_up(parts: Parts, cfg: Any) -> None:
+    """The networks' blocks fused or not, then compiled or not, as the config's kernels say."""
+    device = next(parts.student.parameters()).device
+    nets = (parts.student, parts.fake, parts.teacher)
+    if not fuse_networks(cfg.kernels, cfg.model.family, device, *nets) and cfg.model.family in FUSED:
+        for net in nets:
+            unfuse_mmdit(net)  # type: ignore[arg-type]
+    compile_parts(parts, cfg)
+
+
+def copies(cfg: Any, parts: Parts) -> Callable[[Any], tuple[Parts, Counter]]:
+    """own_copy by config; forms of the same kernels.fuse and kernels.compile share their frozen networks."""
+    kinds: dict[tuple[str, str], tuple[Any, Any, Any]] = {
+        (cfg.kernels.fuse, cfg.kernels.compile): (parts.teacher, parts.vfm, parts.adapter)
+    }
+
+    def made(own: Any) -> tuple[Parts, Counter]:
+        kind = (own.kernels.fuse, own.kernels.compile)
+        if kind not in kinds:
+            adapter = copy.copy(parts.adapter)
+            adapter.vae = copy.deepcopy(parts.adapter.vae)
+            kinds[kind] = copy.deepcopy(parts.teacher), copy.deepcopy(parts.vfm), adapter
+        return own_copy(parts, own, kinds[kind])
+
+    return made
+
+
+def recipes_of(cfg: Any) -> dict[str, Switches | None]:
+    """Form -> switches of the published order; None: another loop, by name."""
+    recipes: dict[str, Switches | None] = {"ours": None, "ours, compile": None, "ours, kernels.fuse false": None}
     if torch.cuda.is_available():
         recipes |= {"ours, graphs": None, "ours, compile, graphs": None}
     if cfg.disc.kind == "none":  # DMD2 without a GAN
-        recipes["modelopt"] = None
-    else:
-        recipes["released"] = Switches()
-        for f in fields(Switches):
-            value = not getattr(Switches(), f.name)
-            recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
-        recipes["tuned"] = LEAN
-    known = list(recipes)
-    if unknown := [name for name in only if name not in known]:
-        raise UserError(f"--only {unknown[0]!r}: allowed is {', '.join(known)}")
+        return recipes | {"modelopt": None, "fastgen": None}
+    recipes |= {f"ours, disc.{field} false": None for field in SAVINGS} | {"released": Switches()}
+    for f in fields(Switches):
+        value = not getattr(Switches(), f.name)
+        recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
+    return recipes | {"released, compiled": Switches(fused_adamw=True), "tuned": LEAN}
+
+
+def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, Counter]]:
+    """Name -> (one iteration, its counts). Raises UserError for a name that is none."""
+    recipes, mine_of = recipes_of(cfg), copies(cfg, parts)
+    if unknown := [name for name in only if name not in recipes]:
+        raise UserError(f"--only {unknown[0]!r}: allowed is {', '.join(recipes)}")
+    peers = {"modelopt": cfg.rollout.backward_prob == 1, "fastgen": cfg.rollout.backward_prob == 0}
     made: dict[str, tuple[Iterate, Counter]] = {}
-    for name in only or [name for name in known if name != "modelopt" or find_spec("modelopt")]:
-        compiles = name == "tuned" or "compile" in name
-        mine, counts = own_copy(parts, cfg if compiles else None)
+    for name in only or [n for n in recipes if n not in peers or (peers[n] and find_spec(n))]:
         switches = recipes[name]
+        how = "blocks" if name == "tuned" or "compile" in name else cfg.kernels.compile
+        plain = name in peers or name.endswith("fuse false") or (switches is not None and not switches.fused_blocks)
+        own = replace(cfg, kernels=replace(cfg.kernels, compile=how, fuse="false" if plain else cfg.kernels.fuse))
+        for field in SAVINGS:
+            if name == f"ours, disc.{field} false":
+                own = replace(own, disc=replace(own.disc, **{field: False}))
+        mine, counts = mine_of(own)
         if switches is not None:
-            made[name] = ReleasedLoop(cfg, mine, switches).iterate, counts
+            made[name] = ReleasedLoop(own, mine, switches).iterate, counts
         elif name == "modelopt":
-            made[name] = ModeloptLoop(cfg, mine, told=warm_up(cfg)).iterate, counts
+            made[name] = ModeloptLoop(own, mine, told=warm_up(own)).iterate, counts
+        elif name == "fastgen":
+            made[name] = FastGenLoop(own, mine, told=warm_up(own)).iterate, counts
         elif "graphs" in name:
-            made[name] = Replayed(cfg, mine, Updates(cfg, mine), iterate), counts
+            made[name] = Replayed(own, mine, Updates(own, mine), iterate), counts
         else:
-            updates = Updates(cfg, mine)
-            made[name] = (lambda b, i, p=mine, u=updates: iterate(cfg, p, u, b, i)), counts
+            updates = Updates(own, mine)
+            made[name] = (lambda b, i, c=own, p=mine, u=updates: iterate(c, p, u, b, i)), counts
     return made
 
 
@@ -136,11 +183,11 @@ def warm_up(cfg: Any) -> int:
 
 def check(rows: dict[str, list[dict[str, float]]], reference: str, every: int) -> None:
     """Raises AssertionError where a form's losses are not those of `reference`: to 1e-4 while weights are the same, to
-    1 % on later iterations (Adam's first steps are signs, which rounding can turn). modelopt's fake learns on a
+    1 % on later iterations (Adam's first steps are signs, which rounding can turn). The peers' fakes learn on a
     picture made anew after the student's update, ours on the one before it: 5 % from the first of these on."""
     for name, losses in rows.items():
         for i, (mine, theirs) in enumerate(zip(losses, rows[reference], strict=True)):
-            after = name == "modelopt" and i + 1 >= every
+            after = name in ("modelopt", "fastgen") and i + 1 >= every
             for key in mine.keys() & theirs.keys() & {"dmd", "isg", "adv", "fake", "disc"}:
                 bound = (1e-4 if i == 0 else 5e-2 if after else 1e-2) * max(abs(theirs[key]), 1e-2)
                 assert abs(mine[key] - theirs[key]) <= bound, f"{name}, iteration {i}: {key} {mine[key]} {theirs[key]}"
@@ -148,6 +195,8 @@ def check(rows: dict[str, list[dict[str, float]]], reference: str, every: int) -
 
 def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int, clock: str) -> dict[str, Any]:
     """Seconds per form and iteration, losses of the warm-up, pictures through each network."""
+    if "fastgen" in only:
+        parts.anchors = [min(a, LAST_T) for a in parts.anchors]
     made, now = forms(cfg, parts, only), CLOCKS[clock]
     warm = warm_up(cfg)
     seconds: dict[str, list[float]] = {name: [] for name in made}
@@ -220,7 +269,7 @@ def versions() -> dict[str, str]:
     for name in ("torch", "diffusers", "nvidia-modelopt"):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    return found
+    return found | ({"fastgen": fastgen_commit()} if find_spec("fastgen") else {})
 
 
 def main(argv: list[str]) -> int:

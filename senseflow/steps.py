@@ -29,6 +29,8 @@ from senseflow.models.adapter import Adapter, Condition, in_dtype
 from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
 
+KEPT_BYTES = 256 << 20  # of r's taps, of all pictures together
+
 
 @dataclass
 class Parts:
@@ -241,10 +243,10 @@ def d_dtype(cfg: Config, x: Tensor) -> AbstractContextManager[object]:
     return in_dtype(x, torch.bfloat16 if cfg.model.dtype == "bf16" else torch.float32)
 
 
-def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: str | None):
+def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step | None, stream: str | None):
     """Backbone taps of pixels; augmented by the numbers of `stream` (x), or as they are (r, stream None)."""
     assert parts.vfm is not None
-    if stream and cfg.disc.augment:
+    if step is not None and stream and cfg.disc.augment:
         rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
         pixels = diff_augment(pixels, rand)
     vfm: Any = parts.vfm
@@ -256,10 +258,20 @@ def reference_features(parts: Parts, cfg: Config, step: Step):
     """Taps of r, the sample's own real image: once an iteration, shared by every D term. None where nothing asks."""
     if parts.disc is None or cfg.disc.kind != "vfm" or (step.silent and cfg.disc.omega_on_d):
         return None
-    if step.batch.reference is not None:
+    if step.batch.reference is not None and cfg.disc.keep_reference:
         return step.batch.reference
     with torch.no_grad():
         return vfm_features(parts, cfg, step.batch.pixels, step, None)
+
+
+def keep_reference(parts: Parts, cfg: Config, data: Any) -> None:
+    """Has the embedded data bring r's taps along in its batches, where they take no more than KEPT_BYTES."""
+    if parts.vfm is None or not cfg.disc.keep_reference or not hasattr(data, "keep_taps"):
+        return
+    vfm: Any = parts.vfm
+    values = data.images.shape[0] * data.images.shape[1] * (cfg.disc.size // vfm.patch) ** 2 * vfm.dims[0]
+    if 4 * values * len(cfg.disc.taps) <= KEPT_BYTES:
+        data.keep_taps(lambda pixels: vfm_features(parts, cfg, pixels, None, None))
 
 
 def noised(parts: Parts, x: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor]:
@@ -363,6 +375,7 @@ __all__ = [
     "encoded",
     "fake_loss",
     "generator_losses",
+    "keep_reference",
     "phased",
     "reference_features",
     "saturation",
