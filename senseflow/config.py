@@ -312,7 +312,8 @@ class Disc(Section):
     )
     keep_reference: bool = doc(
         "the backbone's features of the real pictures as the data have them: a cache of senseflow.prepare, or the "
-        "embedded data, for which they are made once, at the start, where all take 256 MB or less",
+        "embedded data, for which they are made once, at the start, where all take 256 MB or less and the run looks at "
+        "each picture four times or more",
         True,
     )
 

@@ -29,7 +29,7 @@ from senseflow.models.adapter import Adapter, Condition, in_dtype
 from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
 
-KEPT_BYTES = 256 << 20  # of r's taps, of all pictures together
+KEPT_BYTES, LOOKS = 256 << 20, 4  # of r's taps, of all pictures together; at each picture, for that to be worth it
 
 
 @dataclass
@@ -265,12 +265,14 @@ def reference_features(parts: Parts, cfg: Config, step: Step):
 
 
 def keep_reference(parts: Parts, cfg: Config, data: Any) -> None:
-    """Has the embedded data bring r's taps along in its batches, where they take no more than KEPT_BYTES."""
+    """Has the embedded data bring r's taps along in its batches: where the run looks at each picture LOOKS times or
+    more, and where all of them take no more than KEPT_BYTES."""
     if parts.vfm is None or not cfg.disc.keep_reference or not hasattr(data, "keep_taps"):
         return
     vfm: Any = parts.vfm
-    values = data.images.shape[0] * data.images.shape[1] * (cfg.disc.size // vfm.patch) ** 2 * vfm.dims[0]
-    if 4 * values * len(cfg.disc.taps) <= KEPT_BYTES:
+    pictures = data.images.shape[0] * data.images.shape[1]
+    size = 4 * pictures * (cfg.disc.size // vfm.patch) ** 2 * vfm.dims[0] * len(cfg.disc.taps)
+    if size <= KEPT_BYTES and LOOKS * pictures <= cfg.train.iterations * cfg.data.batch:
         data.keep_taps(lambda pixels: vfm_features(parts, cfg, pixels, None, None))
 
 
