@@ -111,7 +111,7 @@ class FastGenLoop:
         if iteration < self.told:
             x, anchor, _ = student_input(self.parts, self.cfg, batch, iteration)
             noise = self.parts.draws.normal(iteration, batch.samples, f"{name}.noise", tuple(batch.latents.shape[1:]))
-            self.given = x, anchor.double(), sigma.clamp(0, LAST_T).double(), noise
+            self.given = x, anchor.double().clamp(0, LAST_T), sigma.double().clamp(0, LAST_T), noise
 
     def _step(self, data: dict[str, Any], kind: int, net: Any) -> Tensor:
         losses, _ = self.model.single_train_step(data, kind)
