@@ -194,12 +194,13 @@ def check(rows: dict[str, list[dict[str, float]]], reference: str, every: int) -
 
 
 def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int, clock: str) -> dict[str, Any]:
-    """Seconds per form and iteration, losses of the warm-up, pictures through each network."""
+    """Seconds per form and iteration, of the warm-up (compiling) together, pictures through each network."""
     if "fastgen" in only:
         parts.anchors = [min(a, LAST_T) for a in parts.anchors]
     made, now = forms(cfg, parts, only), CLOCKS[clock]
     warm = warm_up(cfg)
     seconds: dict[str, list[float]] = {name: [] for name in made}
+    warming = dict.fromkeys(made, 0.0)
     losses: dict[str, list[dict[str, float]]] = {name: [] for name in made}
     graphs = 0
     for iteration in range(warm + iterations):
@@ -219,10 +220,11 @@ def measure(cfg: Any, parts: Parts, data: Any, only: list[str], iterations: int,
             if iteration >= warm:
                 seconds[name].append(now() - start)
             else:
+                warming[name] += now() - start
                 losses[name].append({k: float(v) for k, v in found.items()})
     assert dynamo.counters["stats"]["unique_graphs"] == graphs, "something was compiled while it was timed"
     pictures = {name: dict(counts) for name, (_, counts) in made.items()}
-    return dict(seconds=seconds, pictures=pictures, warm=warm)
+    return dict(seconds=seconds, pictures=pictures, warm=warm, seconds_of_warm_up=warming)
 
 
 def per_cycle(times: list[float], warm: int, every: int) -> tuple[float, float, float]:
