@@ -42,8 +42,8 @@ PUBLISHED = Switches(encode_online=True)
 # What the published loop spends by bench/released.py's switches: off, one at a time; and what modelopt's adds.
 SAVINGS = (("own_features_of_r", False), ("look_always", False), ("encode_online", False), ("own_sample_for_d", True))
 SMALL = [
-    "--data.batch=2", "--train.gen_every=2", "--disc.taps=2", "--disc.size=28", "--disc.width=8", "--disc.backbone=",
-    "--disc.downsample=1", "--train.precision=fp32", "--model.dtype=fp32",
+    "--data.batch=2", "--train.gen_every=2", "--train.iterations=128", "--disc.taps=2", "--disc.size=28",
+    "--disc.width=8", "--disc.backbone=", "--disc.downsample=1", "--train.precision=fp32", "--model.dtype=fp32",
 ]  # fmt: skip
 LARGE = ["--model.side=64", "--model.text_length=16"]
 # tokens and width of a prompt, width of its vector, at the presets' text lengths

@@ -338,7 +338,9 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
     disc: Any = parts.disc
     with parts.phase("D heads"), d_dtype(cfg, x0):
         condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
-        real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
+        taps = [torch.cat(both) for both in zip(f_real, f_fake, strict=True)]
+        logits = [x.chunk(2) for x in disc.logits(taps, [torch.cat([c, c]) for c in condition])]
+        real, fake = [x[0] for x in logits], [x[1] for x in logits]
     weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None
     out = hinge_discriminator(real, fake, weight)
     step.metrics |= {
