@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ from bench.fastgen import LAST_T, FastGenLoop
 from bench.fastgen import commit as fastgen_commit
 from bench.harness import environment
 from bench.modelopt import ModeloptLoop
+from bench.real import made_not_read, sizes_of
 from bench.released import ReleasedLoop, Switches
 from senseflow.cli import parse
 from senseflow.compiling import compile_parts
@@ -140,6 +141,8 @@ def recipes_of(cfg: Any) -> dict[str, Switches | None]:
     if cfg.disc.kind == "none":  # DMD2 without a GAN
         return recipes | {"modelopt": None, "fastgen": None}
     recipes |= {f"ours, disc.{field} false": None for field in SAVINGS} | {"released": Switches()}
+    if cfg.model.family != "embedded":
+        recipes["ours, model.decode bf16"] = None
     for f in fields(Switches):
         value = not getattr(Switches(), f.name)
         recipes[f"released, {f.name} {str(value).lower()}"] = replace(Switches(), **{f.name: value})
@@ -162,6 +165,9 @@ def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, C
             if name == f"ours, disc.{field} false":
                 own = replace(own, disc=replace(own.disc, **{field: False}))
         mine, counts = mine_of(own)
+        if name.endswith("decode bf16"):
+            mine.adapter.adapter = copy.copy(mine.adapter.adapter)  # type: ignore[attr-defined]
+            mine.adapter.adapter.decode_dtype = torch.bfloat16  # type: ignore[attr-defined]
         if switches is not None:
             made[name] = ReleasedLoop(own, mine, switches).iterate, counts
         elif name == "modelopt":
@@ -184,10 +190,11 @@ def warm_up(cfg: Any) -> int:
 def check(rows: dict[str, list[dict[str, float]]], reference: str, every: int) -> None:
     """Raises AssertionError where a form's losses are not those of `reference`: to 1e-4 while weights are the same, to
     1 % on later iterations (Adam's first steps are signs, which rounding can turn). The peers' fakes learn on a
-    picture made anew after the student's update, ours on the one before it: 5 % from the first of these on."""
+    picture made anew after the student's update, ours on the one before it: 5 % from the first of these on, and so
+    where pictures are decoded in bf16."""
     for name, losses in rows.items():
         for i, (mine, theirs) in enumerate(zip(losses, rows[reference], strict=True)):
-            after = name in ("modelopt", "fastgen") and i + 1 >= every
+            after = (name in ("modelopt", "fastgen") and i + 1 >= every) or name.endswith("decode bf16")
             for key in mine.keys() & theirs.keys() & {"dmd", "isg", "adv", "fake", "disc"}:
                 bound = (1e-4 if i == 0 else 5e-2 if after else 1e-2) * max(abs(theirs[key]), 1e-2)
                 assert abs(mine[key] - theirs[key]) <= bound, f"{name}, iteration {i}: {key} {mine[key]} {theirs[key]}"
@@ -282,15 +289,22 @@ def main(argv: list[str]) -> int:
         "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others share the cores"
     )
     own.add_argument("--only", nargs="+", default=[], help="forms")
+    own.add_argument("--random", action="store_true", help="the preset's public sizes, random weights: see bench.real")
+    own.add_argument("--network", default="{}", help='with --random, JSON: changes of its config: {"num_layers": 4}')
+    own.add_argument("--vae", default="{}", help="with --random, JSON: changes of the VAE's")
+    own.add_argument("--backbone", type=int, nargs=2, default=(1024, 24), metavar=("WIDTH", "DEPTH"))
     own.add_argument("--json", type=Path, help="file for the raw times; default: none")
     mine, rest = own.parse_known_args(argv)
     try:
-        cfg = parse(rest, __doc__ or "").config
+        cfg = parse([*rest, *(["--teacher", "random"] if mine.random else [])], __doc__ or "").config
         if cfg.train.threads > 0:
             torch.set_num_threads(cfg.train.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        parts, data = build(cfg, device)
-        found = measure(cfg, parts, data, mine.only, mine.iterations, mine.clock)
+        device, source = torch.device("cuda" if torch.cuda.is_available() else "cpu"), nullcontext()
+        if mine.random:
+            source = made_not_read(cfg, sizes_of(cfg.preset, mine.network, mine.vae, mine.backbone), device)
+        with source:
+            parts, data = build(cfg, device)
+            found = measure(cfg, parts, data, mine.only, mine.iterations, mine.clock)
     except UserError as error:
         print(f"bench.step: {error}", file=sys.stderr)
         return 2
