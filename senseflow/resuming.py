@@ -16,7 +16,8 @@ from senseflow.updates import Updates
 SECTIONS = ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema")
 FIELDS = ("seed", "train.precision", "train.moments", "optim.name", "optim.in_backward")
 # How fast batches come, where they lie, and what is computed twice.
-FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout", "model.checkpointing", "disc.checkpointing")
+FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout", "model.checkpointing", "disc.checkpointing",
+        "disc.keep_reference")  # fmt: skip
 
 
 def check_config(saved: dict[str, Any], cfg: Config) -> None:

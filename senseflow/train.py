@@ -42,7 +42,7 @@ from senseflow.profiling import Profiler
 from senseflow.resuming import check_config, is_best, read_state, resumed, roll_back
 from senseflow.saving import Saver
 from senseflow.shipping import looking, ship, skeleton_of
-from senseflow.steps import Parts, encoded, phased, text_vector
+from senseflow.steps import Parts, encoded, keep_reference, phased, text_vector
 from senseflow.updates import Updates, drift
 from senseflow.watch import INTERRUPTED, Stop, Watchdog, say_alone
 
@@ -119,6 +119,7 @@ def build(cfg: Config, device: torch.device, world: World | None = None) -> tupl
         sigmas = torch.linspace(1 / CURVE_POINTS, 1, CURVE_POINTS)
         parts.curve = measure_error_curve(adapter, teacher, batch.latents, batch.cond, noise, sigmas)
         parts.curve = ErrorCurve(parts.curve.sigmas, world.mean(parts.curve.xi))
+    keep_reference(parts, cfg, data)
     return parts, data
 
 

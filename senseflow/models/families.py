@@ -109,7 +109,9 @@ def fuse_networks(kernels: Kernels, family: str, device: torch.device, *networks
     Weights, state dict, class and config stay diffusers' own, so saving, copying and resuming do not notice.
     Raises UserError for kernels.attention where nothing heeds it, and for a diffusers that `fuse_mmdit` does not know.
     """
-    wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and senseflow_kernels.is_available(device))
+    # In torch's own operators the fused form is fewer of them: for what trains on a CPU. The others are tests there.
+    helps = senseflow_kernels.is_available(device) or (family == "embedded" and device.type == "cpu")
+    wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and helps)
     if family not in FUSED or not wanted:
         if kernels.attention != "auto":
             why = f"kernels.fuse = {kernels.fuse!r} on {device.type}" if family in FUSED else f"family {family!r}"
