@@ -13,7 +13,9 @@
 # with status 75, and the job queues itself again and resumes.
 set -u
 out=runs/$1
-for ((i = 1; i <= $#; i++)); do [ "${!i}" = --out ] && j=$((i + 1)) && out=${!j}; done
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in --out) j=$((i + 1)) && out=${!j} ;; --out=*) out=${!i#--out=} ;; esac
+done
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 resume=$(compgen -G "$out/checkpoints/step-*" > /dev/null && echo --resume)
 srun --kill-on-bad-exit=1 python -m senseflow.train "$@" $resume

@@ -244,6 +244,12 @@ class Disc(Section):
     skip_silent: bool = doc(
         "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
     )
+    keep_reference: bool = doc(
+        "the backbone's features of the real pictures as the data have them: a cache of senseflow.prepare, or the "
+        "embedded data, for which they are made once, at the start, where all take 256 MB or less and the run looks at "
+        "each picture four times or more",
+        True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -278,6 +284,11 @@ class Eval(Section):
     teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)
     teacher_guidance: float = doc("their guidance", 1.5)
     teacher_shift: float = doc("their shift", 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts == 1:  # a variance of one picture
+            raise UserError("eval.prompts = 1: allowed is 0, all of them, or 2 or more")
 
 
 @dataclass(frozen=True)
@@ -315,8 +326,8 @@ class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
     fuse: Literal["auto", "true", "false"] = doc(
-        "MMDiT blocks of student, fake and teacher on the fused operations; auto: where their kernels run, so not on a "
-        "CPU; SDXL's U-Net has no such blocks", "auto"
+        "MMDiT blocks of student, fake and teacher on the fused operations; auto: where their kernels run, and for the "
+        "embedded teacher on a CPU, where they are fewer operators; SDXL's U-Net has no such blocks", "auto"
     )  # fmt: skip
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "xformers", "efficient", "math", "torch"] = doc(
         "attention backend of fused blocks; auto: SENSEFLOW_ATTENTION or the first of the published order that works",

@@ -49,7 +49,7 @@ def thriftier(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
 def smallest(planner: Planner, cfg: Config) -> tuple[dict[str, Any], Plan] | None:
     """(switches, plan) of the smallest set that fits; None where none does."""
     for changed, config in thriftier(cfg):
-        if sum(r.device for r in planner.stays(config)) <= planner.target.bytes:  # else no need to run it
+        if planner.least(config) <= planner.target.bytes:  # else no need to run it
             plan = planner.plan(config)
             if plan.fits:
                 return changed, plan

@@ -310,6 +310,10 @@ class Plan:
         return self.total <= self.target.bytes
 
 
+# Switches that change neither a network's tensors nor its optimizer's.
+PLAIN = {"model.checkpointing": "none", "disc.checkpointing": False, "optim.in_backward": False}
+
+
 class Planner:
     """Plans of one config, and of others with its SWITCHES changed alone. What they share is measured once."""
 
@@ -337,8 +341,7 @@ class Planner:
 
     def stays(self, cfg: Config) -> list[Row]:
         """Rows that are there from the start to the end."""
-        plain = {"model.checkpointing": "none", "disc.checkpointing": False, "optim.in_backward": False}
-        cfg = replace(cfg, plain)  # what makes no difference here
+        cfg = replace(cfg, PLAIN)
         parts, ranks = self.parts(replace(cfg, {"model.teacher_dtype": "model"})), self.target.ranks
         key = (cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
         if key not in self._states:
@@ -347,6 +350,15 @@ class Planner:
         if self.text and not cached(cfg):
             rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
         return rows
+
+    def least(self, cfg: Config) -> float:
+        """Bytes below which no plan of `cfg` is: what stays, and after its backward the student's gradients where they
+        are held. Known without running an iteration."""
+        size = sum(r.device for r in self.stays(cfg))
+        if cfg.optim.in_backward:
+            return size
+        parts = self.parts(replace(cfg, PLAIN | {"model.teacher_dtype": "model"}))
+        return size + nbytes(trainable(parts.student)) / shards(cfg, self.target.ranks)
 
     def ledger(self, cfg: Config) -> Ledger:
         cfg = replace(cfg, {"model.teacher_dtype": "model"})  # of little weight here: a layer made wider at a time

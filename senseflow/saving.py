@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Saver:
 
         try:
             pending = dcp.async_save(
-                tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group,
+                tensors, storage_writer=_writer(partial), process_group=self.group,
                 no_dist=self.group is None,
             )  # fmt: skip
         except (OSError, RuntimeError) as error:
@@ -92,30 +93,38 @@ class Saver:
 
     def _finish(self, pending: Any, plain: Any, partial: Path, final: Path, record: dict[str, Any]) -> None:
         """On the thread: waits for the tensors, writes the rest, publishes. All ranks learn whether it went well."""
-        problem: BaseException | None = None
-        try:
+
+        def mine() -> dict[str, list[Any]]:
             pending.result()
-            files = {
-                path.name: [path.stat().st_size, checkpoint.digest(path)]
-                for path in partial.glob(f"__{self.world.rank}_*")
-            }
-        except BaseException as error:  # a rank that does not come leaves the others waiting
-            problem, files = error, {}
+            paths = partial.glob(f"__{self.world.rank}_*")
+            return {path.name: [path.stat().st_size, checkpoint.digest(path)] for path in paths}
+
+        files, problem = _tried(mine)
         try:
-            found: list[Any] = [files if problem is None else None]
-            if self.group is not None:
-                found = [None] * self.world.size
-                td.all_gather_object(found, files if problem is None else None, group=self.group)
+            found = self._of_each(files)  # a rank that does not come leaves the others waiting
             if self.world.main and all(f is not None for f in found):
-                self._publish(plain, partial, final, record, {k: v for f in found for k, v in f.items()})
+                listed = {k: v for f in found for k, v in f.items()}
+                _, problem = _tried(lambda: self._publish(plain, partial, final, record, listed))
+            whys = self._of_each("" if problem is None else f"rank {self.world.rank}: {_last_line(problem)}")
         except BaseException as error:
             problem = problem or error
-        if self.world.main and problem is not None:
-            self.failure = self._said(problem, partial, final)
-        elif problem is not None:
-            self.failure = UserError(f"checkpoint {final} cannot be written: {problem}")
         else:
+            why = next(filter(None, whys), "")
+            problem = problem or (RuntimeError(why) if why else None)
+        if problem is None:
             self.last = final
+        elif self.world.main:
+            self.failure = self._said(problem, partial, final)
+        else:
+            self.failure = UserError(f"checkpoint {final} cannot be written: {_last_line(problem)}")
+
+    def _of_each(self, value: Any) -> list[Any]:
+        """What every rank gives, on every rank."""
+        found = [value]
+        if self.group is not None:
+            found = [None] * self.world.size
+            td.all_gather_object(found, value, group=self.group)
+        return found
 
     def _publish(self, plain: Any, partial: Path, final: Path, record: dict[str, Any], files: dict) -> None:
         with (partial / checkpoint.PLAIN).open("wb") as f:
@@ -133,7 +142,7 @@ class Saver:
         why = _os_error(error)
         if why is None and shutil.disk_usage(self.folder).free < SPARE:
             why = OSError(28, "No space left on device")
-        text = (why.strerror or str(why)) if why else str(error).strip().splitlines()[-1]
+        text = (why.strerror or str(why)) if why else _last_line(error)
         if self.world.main:
             checkpoint.make_room(partial)
         return UserError(f"checkpoint {final} cannot be written: {text}{self._good()}")
@@ -150,6 +159,33 @@ class Saver:
         if self.failure is not None:
             error, self.failure = self.failure, None
             raise error
+
+
+def _writer(folder: Path) -> Any:
+    """torch's writer of tensors. An error goes to the other ranks by pickle, which drops what it came from: so it is
+    the file system's own where there is one."""
+    import torch.distributed.checkpoint as dcp
+
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            written, error = _tried(lambda: super(Writer, self).write_data(plan, planner))
+            if error is not None:
+                raise _os_error(error) or error
+            return written
+
+    return Writer(folder)
+
+
+def _tried(make: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """(make(), None), or (None, what it raised)."""
+    try:
+        return make(), None
+    except BaseException as error:
+        return None, error
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

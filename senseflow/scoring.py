@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from senseflow import sample
+from senseflow.cli import extra_named
 from senseflow.config import UserError
 from senseflow.scores import coco
 from senseflow.scores.benchmarks import IMAGES, layout, read_results, write_dpg_grids
@@ -346,11 +347,12 @@ def main(argv: list[str]) -> int:
     """Command line. Bad input is one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        run = Run(args)
-        if args.write:
-            write_benchmark(run)
-        else:
-            score(run)
+        with extra_named():
+            run = Run(args)
+            if args.write:
+                write_benchmark(run)
+            else:
+                score(run)
     except UserError as error:
         print(f"senseflow.evaluate: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,5 @@
-"""Small trainings on several gloo ranks: a random two-block SD3 transformer, random pictures and prompts, no files."""
+"""Small trainings on several gloo ranks: a random two-block SD3 transformer with random pictures and prompts, or a tiny
+pipeline of a real family with its own text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -21,6 +22,13 @@ SMALL = [f"--{setting}" for setting in (
     "disc.downsample=1",
     "disc.cmap=8", "rollout.backward_prob=0.5", "train.lr=1e-4", "train.fake_lr=1e-4", "train.clip=0.5",
     "train.cooldown=0", "seed=1",
+)]  # fmt: skip
+
+
+# Beside these, of a real family: an adapter of its own in fp32, as tests/tiny_pipelines.py writes it.
+FAMILY = [f"--{setting}" for setting in (
+    "model.side=64", "model.text_length=16", "model.dtype=fp32", "model.decode=fp32", "train.precision=fp32",
+    "disc.backbone=",
 )]  # fmt: skip
 
 
@@ -70,8 +78,11 @@ def in_own_dtype(predict: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def small_parts():
-    """`train.build` with a small backbone, random pictures and prompts."""
+def small_parts(preset: str = "tiny"):
+    """`train.build` with a small backbone; pictures and prompts of the embedded family are random, of others a few of
+    the real ones."""
+    from tiny_pipelines import few_pictures
+
     from senseflow import train
     from senseflow.data.batches import EmbeddedData
     from senseflow.data.emoji import EmojiSet
@@ -85,12 +96,14 @@ def small_parts():
         cond = adapter.encode_prompts(names)
         return EmbeddedData(EmojiSet(images, names), cond, cfg.seed, world.device, world.rank, world.size)
 
-    kept = train.open_data, train.find_dinov2
-    train.open_data, train.find_dinov2 = data, lambda *_: TinyVFM()
+    kept = train.open_data, train.find_dinov2, train.load_variants
+    train.find_dinov2, train.load_variants = lambda *_: TinyVFM(), few_pictures
+    if preset == "tiny":
+        train.open_data = data
     try:
         yield
     finally:
-        train.open_data, train.find_dinov2 = kept
+        train.open_data, train.find_dinov2, train.load_variants = kept
 
 
 class NoEvaluator:
@@ -151,24 +164,25 @@ def start(world: int, *args: Any) -> list[Any]:
     return ranks
 
 
-def config(teacher: Path, *flags: str) -> Any:
+def config(teacher: Path, *flags: str, preset: str = "tiny") -> Any:
     from senseflow.cli import parse
 
-    return parse(["tiny", "--teacher", str(teacher), *SMALL, *flags], "").config
+    small = SMALL if preset == "tiny" else [*SMALL, *FAMILY]
+    return parse([preset, "--teacher", str(teacher), *small, *flags], "").config
 
 
 class Run:
     """A training without files, on one rank or on all of the process group."""
 
-    def __init__(self, teacher: Path, *flags: str, world: Any = None):
+    def __init__(self, teacher: Path, *flags: str, world: Any = None, preset: str = "tiny"):
         from senseflow import dist, train
         from senseflow.updates import Updates
 
-        self.cfg = config(teacher, *flags)
+        self.cfg = config(teacher, *flags, preset=preset)
         self.world = world or dist.World()
         dist.check(self.cfg, self.world)
         self.world.mesh = dist.make_mesh(self.cfg, self.world) if world else None
-        with small_parts():
+        with small_parts(preset):
             self.parts, self.data = train.build(self.cfg, self.world.device, self.world)
         self.world.shard(self.parts.teacher, self.parts.adapter.blocks(self.parts.teacher))
         self.updates = Updates(self.cfg, self.parts)

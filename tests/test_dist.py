@@ -10,11 +10,13 @@ mean distance of weights stays within 1 % of a rate, and none is further than 6 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Run, config, launch, main, start
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import embedded_teacher
 
 from senseflow import checkpoint
@@ -49,9 +51,9 @@ def alone(flags) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def train_all(world: World, teacher: Path, out: Path, cases: dict) -> None:
+def train_all(world: World, teacher: Path, out: Path, cases: dict, preset: str = "tiny") -> None:
     for name, flags in cases.items():
-        run = Run(teacher, *flags, world=world).go(0, 3)
+        run = Run(teacher, *flags, world=world, preset=preset).go(0, 3)
         result = run.grads, run.weights(), run.rows
         if world.main:
             torch.save(result, out / f"{name}.pt")
@@ -63,21 +65,34 @@ def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return (gap / sum(float(y.double().square().sum()) for y in b)) ** 0.5
 
 
-def compare(teacher: Path, out: Path, cases: dict, bound: float = GRADIENT, rates: float = 0.01) -> None:
+def compare(teacher: Path, out: Path, cases: dict, bf16: dict | None = None, preset: str = "tiny") -> None:
+    """Files of `train_all` beside one process. bf16: of bf16 arithmetic, the gradients that fp32 gives the same
+    weights; without it everything is fp32."""
     for name, flags in cases.items():
-        truth = Run(teacher, *alone(flags)).go(0, 3)
+        truth = Run(teacher, *alone(flags), preset=preset).go(0, 3)
         grads, weights, rows = torch.load(out / f"{name}.pt")
         assert grads.keys() == truth.grads.keys() and (grads or "in_backward" in name)
         for net in grads:
             assert sum(g.square().sum() for g in truth.grads[net]) > 0
-            assert apart(grads[net], truth.grads[net]) <= bound, (name, net)
+            own = apart(truth.grads[net], bf16[net]) if bf16 else 0.0
+            assert apart(grads[net], truth.grads[net]) <= max(GRADIENT, own), (name, net)
+            assert not bf16 or apart(grads[net], bf16[net]) <= 1.2 * own, (name, net)
         for net, whole in truth.weights().items():
             far = torch.cat([(a.float() - b.float()).abs().flatten() for a, b in zip(weights[net], whole, strict=True)])
-            assert far.mean() <= rates * RATE and far.max() <= 6 * RATE + 2e-3 * (bound > GRADIENT), (name, net)
+            mean, most = (0.1, 26) if bf16 else (0.01, 6)  # an ulp of a bf16 weight of 0.25 is 10 rates
+            assert far.mean() <= mean * RATE and far.max() <= most * RATE, (name, net)
         for mine, theirs in zip(rows, truth.rows, strict=True):
             assert mine.keys() == theirs.keys()
             for key in ("dmd", "fake", "student_grad_norm", "fake_grad_norm"):
-                assert mine[key] == pytest.approx(theirs[key], rel=max(1e-3, 10 * bound)), (name, key)
+                assert mine[key] == pytest.approx(theirs[key], rel=0.05 if bf16 else 1e-3), (name, key)
+
+
+def rounded(teacher: Path, folder: Path) -> Path:
+    """A copy of a teacher whose weights are rounded to bf16, and kept as fp32."""
+    shutil.copytree(teacher, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.bfloat16().float() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    return folder
 
 
 def test_two_ranks_train_what_one_process_does(teacher, tmp_path):
@@ -92,14 +107,14 @@ FOUR = {"fsdp": (), "hsdp": ("--dist.shard", "2"), "ddp": ("--dist.mode", "ddp")
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_one_two_and_four_ranks(world, teacher, tmp_path):
-    """FSDP2, HSDP 2x2 and DDP, bf16 weights in two halves too: a gradient is rounded to bf16 once in one process, and
-    once after an fp32 sum of bf16 ones here, 2^-9 each; Adam takes the sign of each in its first steps."""
+    """FSDP2, HSDP 2x2 and DDP; bf16 weights in two halves too. There a gradient is rounded to bf16 once in one process,
+    and here once a rank before their sum in fp32. What bf16 arithmetic does to it by itself is more (of the student
+    4.6 %, measured): ranks are no further from one process than that is from fp32, and from fp32 1.2 times as far."""
     cases = {"fsdp": ("--dist.mode", "fsdp")} if world == 1 else {k: FOUR[k] for k in FOUR if k != "hsdp" or world == 4}
-    launch(world, train_all, teacher, tmp_path, cases)
-    compare(teacher, tmp_path, cases)
     halves = {f"{name} split": (*flags, *SPLIT) for name, flags in cases.items()}
-    launch(world, train_all, teacher, tmp_path, halves)
-    compare(teacher, tmp_path, halves, 2e-2, 0.3)
+    launch(world, train_all, teacher, tmp_path, cases | halves)
+    compare(teacher, tmp_path, cases)
+    compare(teacher, tmp_path, halves, Run(rounded(teacher, tmp_path / "rounded")).go(0, 1).grads)
 
 
 def test_parts_of_a_batch_are_one_batch(teacher):
@@ -116,8 +131,6 @@ def test_parts_of_a_batch_are_one_batch(teacher):
 
 def test_two_ranks_write_the_run_that_one_process_writes(teacher, tmp_path):
     """`train.main` from end to end: student folder (the EMA, gathered), metrics (means over ranks), one checkpoint."""
-    from safetensors.torch import load_file
-
     both, alone = tmp_path / "both", tmp_path / "alone"
     ranks = start(2, teacher, both)
     assert main(teacher, alone) == 0
@@ -143,25 +156,27 @@ def test_two_ranks_write_the_run_that_one_process_writes(teacher, tmp_path):
 # -- checkpoints across numbers of ranks -------------------------------------------------------------------------------
 
 
-def save_and_go_on(world: World, teacher: Path, out: Path, flags: tuple) -> None:
+def save_and_go_on(world: World, teacher: Path, out: Path, cases: dict) -> None:
     from senseflow.saving import Saver
 
-    run = Run(teacher, *flags, world=world).go(0, 2)
-    saver = Saver(out / "checkpoints", world, 1)
-    saver.save(2, dict(updates=run.updates.state(), data="emoji"))
-    before = run.tensors()
-    run.go(2, 3)  # while it is written
-    saver.wait()
-    after = run.tensors()
-    if world.main:
-        torch.save((before, after), out / "saved.pt")
+    for name, flags in cases.items():
+        run = Run(teacher, *flags, world=world).go(0, 2)
+        saver = Saver(out / name / "checkpoints", world, 1)
+        saver.save(2, dict(updates=run.updates.state(), data="emoji"))
+        before = run.tensors()
+        run.go(2, 3)  # while it is written
+        saver.wait()
+        after = run.tensors()
+        if world.main:
+            torch.save((before, after), out / name / "saved.pt")
 
 
-def go_on(world: World, teacher: Path, out: Path, flags: tuple) -> None:
-    run = resumed(teacher, out, flags, world)
-    before, after = run.tensors(), run.go(2, 3).tensors()
-    if world.main:
-        torch.save((before, after), out / f"resumed-{world.size}.pt")
+def go_on(world: World, teacher: Path, out: Path, cases: dict) -> None:
+    for name, flags in cases.items():
+        run = resumed(teacher, out / name, flags, world)
+        before, after = run.tensors(), run.go(2, 3).tensors()
+        if world.main:
+            torch.save((before, after), out / name / f"resumed-{world.size}.pt")
 
 
 def resumed(teacher: Path, out: Path, flags: tuple, world: World | None = None) -> Run:
@@ -180,34 +195,39 @@ def check_resumed(out: Path, before: dict, after: dict) -> None:
     assert saved.keys() == before.keys() and [k for k in saved if not torch.equal(saved[k], before[k])] == []
     moved = [k for k in saved if not torch.equal(saved[k], later[k])]
     assert len(moved) > 0.5 * len(saved)
-    for key, value in later.items():
-        if "student/" in key or "fake/" in key:
-            assert (value.float() - after[key].float()).abs().mean() <= 0.05 * RATE, key
+    for net in ("student/", "fake/"):
+        names = [k for k in later if k.startswith(net)]
+        far = torch.cat([(later[k].float() - after[k].float()).abs().flatten() for k in names])
+        few = later[names[0]].dtype == torch.bfloat16  # elements go to the next bf16, some 5 rates away
+        assert far.mean() <= (0.1 if few else 0.05) * RATE, net
 
 
 def test_a_checkpoint_of_two_ranks_is_resumed_by_one(teacher, tmp_path):
     flags = ("--ida.mode", "adaptive")
-    launch(2, save_and_go_on, teacher, tmp_path, flags)
-    run = resumed(teacher, tmp_path, flags)
-    check_resumed(tmp_path, run.tensors(), run.go(2, 3).tensors())
+    launch(2, save_and_go_on, teacher, tmp_path, {"adaptive": flags})
+    run = resumed(teacher, tmp_path / "adaptive", flags)
+    check_resumed(tmp_path / "adaptive", run.tensors(), run.go(2, 3).tensors())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), (*SPLIT, "--train.moments", "8bit")], ids=["fp32", "split 8bit"])
 @pytest.mark.parametrize("first", [2, 4])
-def test_a_checkpoint_is_resumed_by_any_number_of_ranks(first, flags, teacher, tmp_path):
+def test_a_checkpoint_is_resumed_by_any_number_of_ranks(first, teacher, tmp_path):
     """Of 2 ranks and of 4 (HSDP 2x2), by 1, 2 and 4: bit for bit where the number is the same."""
-    more = ("--dist.shard", "2")
-    launch(first, save_and_go_on, teacher, tmp_path, (*flags, *more))
+    kinds = {"fp32": (), "split 8bit": (*SPLIT, "--train.moments", "8bit")}
+    cases = {name: (*flags, "--dist.shard", "2") for name, flags in kinds.items()}
+    launch(first, save_and_go_on, teacher, tmp_path, cases)
     for world in (2, 4):
-        launch(world, go_on, teacher, tmp_path, (*flags, *more))
-        before, after = torch.load(tmp_path / f"resumed-{world}.pt")
-        check_resumed(tmp_path, before, after)
-        if world == first:
-            later = torch.load(tmp_path / "saved.pt")[1]
-            assert [k for k in later if not torch.equal(later[k], after[k])] == []
-    run = resumed(teacher, tmp_path, flags)
-    check_resumed(tmp_path, run.tensors(), run.go(2, 3).tensors())
+        launch(world, go_on, teacher, tmp_path, cases)
+    for name, flags in kinds.items():
+        out = tmp_path / name
+        for world in (2, 4):
+            before, after = torch.load(out / f"resumed-{world}.pt")
+            check_resumed(out, before, after)
+            if world == first:
+                later = torch.load(out / "saved.pt")[1]
+                assert [k for k in later if not torch.equal(later[k], after[k])] == []
+        run = resumed(teacher, out, flags)
+        check_resumed(out, run.tensors(), run.go(2, 3).tensors())
 
 
 # -- the phase trap ----------------------------------------------------------------------------------------------------

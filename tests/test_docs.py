@@ -7,18 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import docs, peers, site_links
+from bench import docs, peers, site_links, tables
 from senseflow.ablation.rows import GROUPS
 
 
 def test_numbers_links_and_names_of_the_docs():
     assert docs.problems() == []
-    assert list(docs.GROUPS) == list(GROUPS)
+    assert list(tables.GROUPS) == list(GROUPS)
 
 
 def test_a_changed_number_a_dead_link_and_a_gone_name_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "ROOT", tmp_path)
-    monkeypatch.setitem(docs.NUMBERS, "two", lambda: docs.table(["a", "b"], [["x", "2"]]))
+    monkeypatch.setitem(docs.NUMBERS, "two", lambda: tables.table(["a", "b"], [["x", "2"]]))
     (tmp_path / "code.py").write_text("def here(): ...\n")
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "page.md"
@@ -36,7 +36,7 @@ def test_a_changed_number_a_dead_link_and_a_gone_name_are_found(tmp_path, monkey
 
 @pytest.mark.parametrize(("value", "digits", "text"), [(0.868, 3, ".868"), (-0.25, 2, "-.25"), (-10.2, 0, "-10")])
 def test_short_numbers(value, digits, text):
-    assert docs.short(value, digits) == text
+    assert tables.short(value, digits) == text
 
 
 def test_links_out_of_the_site_become_names():

@@ -14,8 +14,8 @@ from tiny_pipelines import embedded_teacher
 
 from senseflow import checkpoint
 
-KILLS = 30
-FLAGS = ("--train.iterations=16", "--train.checkpoint_every=1", "--train.keep_last=1")  # most of the time is saving
+KILLS = {1: 12, 2: 30}  # by ranks
+FLAGS = ("--train.iterations=10", "--train.checkpoint_every=1", "--train.keep_last=1")  # most of the time is saving
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -40,9 +40,9 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:incomplete checkpoint")
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", KILLS)
 def test_killed_runs_end_with_the_same_weights(world, tmp_path):
-    """30 times, all ranks or one of them (then the rest, as torchrun does), the saves included; every start goes on."""
+    """All ranks or one of them (then the rest, as torchrun does), the saves included; every start goes on."""
     teacher = embedded_teacher(tmp_path / "teacher")
     whole, begun = tmp_path / "whole", time.monotonic()
     ranks = start(world, teacher, whole, *FLAGS)
@@ -51,7 +51,7 @@ def test_killed_runs_end_with_the_same_weights(world, tmp_path):
     assert [p.exitcode for p in ranks] == [0] * world
     seconds = time.monotonic() - begun
     chance, kills, lap, interrupted = random.Random(0), 0, 0, 0
-    while kills < KILLS:
+    while kills < KILLS[world]:
         out = tmp_path / f"lap{lap}"
         while True:
             resume = ["--resume"] if checkpoint.newest(out / "checkpoints") else []
@@ -59,7 +59,7 @@ def test_killed_runs_end_with_the_same_weights(world, tmp_path):
             deadline = time.monotonic() + chance.uniform(0.2, 1.0) * seconds
             while time.monotonic() < deadline and any(p.is_alive() for p in ranks):
                 time.sleep(0.005)
-            if kills >= KILLS:
+            if kills >= KILLS[world]:
                 for process in ranks:
                     process.join()
             if not any(p.is_alive() for p in ranks):
@@ -73,4 +73,5 @@ def test_killed_runs_end_with_the_same_weights(world, tmp_path):
             kills += 1
         assert same(weights(out), weights(whole)) and same(state(out), state(whole))
         lap += 1
+    print(f"{world} ranks: {kills} kills, {interrupted} within a save, {lap} runs to the end")
     assert interrupted > 0, "no kill met a save"

@@ -3,10 +3,12 @@
 import itertools
 import json
 from contextlib import contextmanager
+from dataclasses import replace as replaced
 
 import pytest
 import torch
-from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
+from plans import HAS_KLEIN, REAL, SMALL, WRITE, Folders, by_part, config_of, planner_of
+from tiny_pipelines import few_pictures
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,39 +18,13 @@ from senseflow.config import UserError, replace
 from senseflow.fitting import flags, report, smallest, thriftier
 from senseflow.iteration import iterate
 from senseflow.memory import GB, Ledger, Row, nbytes
-from senseflow.models import fp8
 from senseflow.models.families import make_adapter, make_networks
 from senseflow.models.vfm import find_dinov2
-from senseflow.planning import Planner, Target
 from senseflow.steps import encoded
-from senseflow.train import build, build_discriminator, main
+from senseflow.train import build, main
 from senseflow.updates import Updates
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 CPU = torch.device("cpu")
-WRITE = {
-    "sd35-medium": lambda folder: write_sd3(folder, medium=True), "flux-dev": write_flux, "sdxl": write_sdxl,
-    "flux2-klein": write_klein,
-}  # fmt: skip
-HAS_KLEIN = pytest.mark.skipif(not hasattr(diffusers, "Flux2Transformer2DModel"), reason="diffusers without FLUX.2")
-REAL = [pytest.param(name, marks=HAS_KLEIN if name == "flux2-klein" else ()) for name in WRITE]
-SMALL = [f"--{setting}" for setting in (
-    "model.side=64", "model.text_length=16", "model.dtype=fp32", "train.precision=fp32", "data.batch=2",
-    "train.gen_every=1", "model.decode=fp32", "log.tensorboard=false", "log.progress=false", "disc.backbone=",
-    "disc.taps=-1,2", "disc.size=56", "disc.width=32", "disc.downsample=1", "ema.decay=0.5", "rollout.backward_prob=0",
-)]  # fmt: skip
-
-
-class Folders(dict):
-    """Tiny pipelines by preset, each written when first asked for."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, preset):
-        self[preset] = WRITE[preset](self.make(preset))
-        return self[preset]
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +35,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _pictures(monkeypatch):
     monkeypatch.setattr(train, "load_variants", few_pictures)
-
-
-def config_of(preset, folders, *more):
-    """Of a tiny pipeline; `tiny` is the embedded preset as it is, in a small batch."""
-    if preset == "tiny":
-        return parse([preset, "--data.batch=4", "--train.gen_every=1", "--rollout.backward_prob=0", *more], "").config
-    return parse([preset, "--teacher", str(folders[preset]), *SMALL, *more], "").config
-
-
-def planner_of(cfg, **target):
-    return Planner(cfg, Target(**({"type": "cpu", "bytes": 1e12, "ranks": 1} | target)), iterate, build_discriminator)
-
-
-def by_part(rows):
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        found.setdefault(row.part, {})[row.what.partition(",")[0]] = row.device
-    return found
 
 
 def own_bytes(net, seen):
@@ -187,45 +145,52 @@ def test_host_states_leave_the_device(folders):
 # -- what comes and goes -------------------------------------------------------------------------------------------
 
 
+CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+
+
 def allocator_bytes(run) -> list[int]:
-    """Bytes above the start after each event of the CPU's allocator in run()."""
+    """Bytes above the start before and after each event of the CPU's allocator in run(). Not those inside a
+    convolution, which reorders or unfolds its input while it runs: no part of a plan, so there the end alone counts."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    total, until, found = 0, 0, []
+    for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if e.name() in CONVOLUTIONS:
+            until = max(until, e.end_ns())
+        elif e.name() == "[memory]":
+            outside, before = e.start_ns() >= until, total
+            total += e.nbytes()
+            found += [before, total] if outside else []
+    return [*found, total]
 
 
-# With full checkpointing at this size the plan is 15 % (FLUX.1) and 24 % (klein) above the allocator. Not understood.
-TOO_HIGH = pytest.mark.xfail(strict=True, reason="the plan is above what the allocator saw, by a cause not found yet")
 PEAKS = [
-    pytest.param(name, how, marks=[
-        *([HAS_KLEIN] if name == "flux2-klein" else []),
-        *([TOO_HIGH] if name in ("flux-dev", "flux2-klein") and how == "full" else []),
-    ])
-    for name in ("tiny", *WRITE) for how in ("none", "full")
+    *(pytest.param(name, how, "vfm", marks=HAS_KLEIN if name == "flux2-klein" else ())
+      for name in ("tiny", *WRITE) for how in ("none", "full")),
+    ("flux-dev", "full", "fake_features"),  # the VAE's encoder is the fullest moment of so small a network
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("preset", "checkpointing"), PEAKS)
-def test_peak_of_an_iteration_within_5_percent(preset, checkpointing, folders):
-    """A whole student iteration, forward and backward of all three networks, on the CPU, by the allocator; the plan
-    made it from shapes. Without the optimizers, whose torch form on a CPU has temporaries that no kernel has, and
-    where there is a VAE with DMD2's discriminator: the CPU's convolutions unfold their input, which is more than
-    everything else at this size (what a decoder keeps is tested below)."""
+@pytest.mark.parametrize(("preset", "checkpointing", "disc"), PEAKS)
+def test_peak_of_an_iteration(preset, checkpointing, disc, folders):
+    """A whole student iteration, encoder, forward and backward of every network, on the CPU, by the allocator, to a
+    thousandth; the plan made it from shapes. Without the optimizers, whose torch form on a CPU has temporaries that no
+    kernel has."""
     both = [f"--model.checkpointing={checkpointing}", f"--disc.checkpointing={str(checkpointing == 'full').lower()}"]
-    cfg = config_of(preset, folders, *both, *([] if preset == "tiny" else ["--disc.kind=fake_features"]))
-    planner = planner_of(cfg)
-    predicted = planner.ledger(cfg).peak().total
+    cfg = config_of(preset, folders, *both, f"--disc.kind={disc}")
+    predicted = planner_of(cfg).ledger(cfg).peak()
     parts, data = build(cfg, CPU)
     number = planning.busy_iteration(cfg, parts)
-    batch = encoded(parts, data.batch(number, cfg.data.batch), number)
+    batch = data.batch(number, cfg.data.batch)
     given = nbytes([batch.pixels, batch.latents, batch.cond.embeds, batch.cond.pooled, batch.samples])
 
     def once():
-        iterate(cfg, parts, planning.Backward(parts, Ledger()), batch, number)
+        fresh = encoded(parts, replaced(batch, encoded=parts.adapter.vae is None), number)
+        iterate(cfg, parts, planning.Backward(parts, Ledger()), fresh, number)
 
     once()  # the prompts' cache
-    assert predicted == pytest.approx(given + max(allocator_bytes(once)), rel=0.05)
+    assert predicted.total == pytest.approx(given + max(allocator_bytes(once)), rel=1e-3)
+    assert (max(predicted.parts, key=predicted.parts.__getitem__) == "encode") == (disc == "fake_features")
 
 
 @pytest.mark.parametrize("what", ["network", "decoder", "backbone"])
@@ -329,6 +294,8 @@ def test_the_smallest_set_is_found_and_said(folders, capsys):
     planner = planner_of(cfg, bytes=0.98 * whole.total)
     changed, plan = smallest(planner, cfg)
     assert len(changed) == 1 and plan.fits and not planner.plan(cfg).fits
+    tried = [planner.plan(c) for some, c in thriftier(cfg) if len(some) < 2]
+    assert all(planner.least(p.config) <= p.total for p in tried)  # what was not run would not have fitted
     assert planner.plan(
         parse([preset, "--teacher", str(folders[preset]), *SMALL, *flags(changed).split()], "").config
     ).fits
@@ -421,63 +388,3 @@ def test_attention_of_shapes_keeps_no_matrix():
         ledger.known([q])
         out, named = F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(query=q, key=q, value=q)
     assert out.shape == named.shape == q.shape and 0 <= ledger.total / 2 - (q.numel() * 2 + 2 * 3 * 500 * 4) < 64
-
-
-# -- the teacher in 8 bits -----------------------------------------------------------------------------------------
-
-
-def test_eight_bits_by_arithmetic():
-    """A weight is off by at most 1/16 of itself, or 2^-18 of its row's largest; scales are powers of two, and what is
-    widened is exact in bf16. Rows of zeros and of one value come back as they are."""
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 128, generator=g) * torch.logspace(-6, 3, 64)[:, None]
-    weight[0], weight[1] = 0, 3.0
-    linear = nn.Linear(128, 64)
-    linear.weight.data = weight.clone()
-    eight = fp8.Fp8Linear.of(linear)
-    wide = eight.widened()
-    error = (wide - weight).abs()
-    allowed = torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) * 2.0**-18)
-    assert (error <= allowed).all() and error.max() > 0
-    assert torch.equal(wide[:2], weight[:2])
-    assert torch.equal(torch.frexp(eight.scale)[0], torch.full((64, 1), 0.5))
-    assert torch.equal(wide.bfloat16().float(), wide)
-    x = torch.randn(5, 128, generator=g)
-    assert torch.equal(eight(x), F.linear(x, wide, linear.bias))
-    assert eight.weight.element_size() == 1 and not eight.weight.requires_grad
-
-
-def test_an_eight_bit_teacher_scores_nearly_as_before(folders):
-    """The embedded teacher, trained weights: its score is off by more than nothing and less than 5 % at every sigma;
-    student and fake are not touched, and the blocks take a quarter of fp32."""
-    from bench.fp8 import score_errors
-
-    cfg = config_of("tiny", folders)
-    parts, data = build(cfg, CPU)
-    rows = score_errors(cfg, parts, data, 4)
-    assert all(1e-4 < row["score"] < 0.05 for row in rows), rows
-    eight = replace(cfg, {"model.teacher_dtype": "fp8"})
-    teacher, student, fake = make_networks(eight, make_adapter(eight.model, CPU), CPU)
-    assert not any(isinstance(m, fp8.Fp8Linear) for net in (student, fake) for m in net.modules())
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), parts.student.parameters(), strict=True))
-    mine, plain = (by_part(planner_of(c).stays(c))["teacher"]["weights"] for c in (eight, cfg))
-    assert mine == sum(t.numel() * t.element_size() for t in itertools.chain(teacher.parameters(), teacher.buffers()))
-    assert mine < 0.45 * plain
-    with pytest.raises(UserError, match=r"model\.teacher_dtype = 'fp8': allowed is model"):
-        replace(eight, {"model.variant": "lora"})
-
-
-def test_an_iteration_with_all_switches(folders):
-    """Checkpointing everywhere and an 8-bit teacher, fused and not: the losses of a plain one but for the teacher."""
-    preset = "sd35-medium"
-    switches = ["--model.checkpointing=full", "--disc.checkpointing=true", "--model.teacher_dtype=fp8"]
-    rows = []
-    for more in ([], switches[:2], switches):
-        cfg = config_of(preset, folders, "--kernels.fuse=true", *more)
-        parts, data = build(cfg, CPU)
-        number = planning.busy_iteration(cfg, parts)
-        batch = encoded(parts, data.batch(number, 2), number)
-        metrics = iterate(cfg, parts, Updates(cfg, parts), batch, number)
-        rows.append({name: metrics[name].item() for name in ("dmd", "isg", "adv", "fake", "disc")})
-    assert rows[0] == rows[1]
-    assert all(rows[2][name] == pytest.approx(rows[0][name], rel=0.2) for name in rows[0]) and rows[2] != rows[0]

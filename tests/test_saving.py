@@ -4,11 +4,13 @@ import json
 import resource
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import launch
 from test_checkpoint import killed_at, names
 
 from senseflow import checkpoint
@@ -68,7 +70,7 @@ def test_a_crash_at_any_step_leaves_a_whole_checkpoint(every, first, tmp_path):
         died, iteration = check_crash(folder, event)
         found.append(iteration)
         event += every
-    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and len(found) > 30 // every
+    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and len(found) > 20 // every
     saver(folder, 1).save(3, state_of(3))
     assert names(folder) == ["step-00000003"]
 
@@ -152,6 +154,49 @@ def test_a_failure_behind_the_training_is_heard_at_the_next_wait(tmp_path):
     behind.save(3, state_of(3))
     behind.wait()
     assert names(tmp_path / "c") == ["step-00000001", "step-00000003"]
+
+
+def fail_on_one(world: World, folder: Path) -> None:
+    """A save that goes wrong on one rank, at three places: whichever it is, all ranks hear of it, and none goes on."""
+    from unittest import mock
+
+    mine = Saver(folder, world, 2)
+    mine.save(1, state_of(1))
+    mine.wait()
+    for number, (rank, name) in enumerate([(1, "digest"), (0, "digest"), (0, "publish")], 2):
+        broken = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        patch = mock.patch(f"senseflow.saving.checkpoint.{name}", broken)
+        with patch if world.rank == rank else nullcontext():
+            mine.save(number, state_of(number))
+            assert mine.thread is not None
+            mine.thread.join()
+        assert mine.failed and mine.last == folder / "step-00000001"
+        with pytest.raises(UserError, match=rf"step-0000000{number} cannot be written: .*No space left") as e:
+            mine.wait()
+        assert "\n" not in str(e.value)
+        world.barrier()
+        # what was whole before it could be renamed stays
+        left = [] if name == "digest" else [f".partial-0000000{number}"]
+        assert names(folder) == [*left, "step-00000001"]
+        world.barrier()  # before the next save begins
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    tensors = {f"w{i}": torch.zeros(30_000) for i in range(4)}  # each rank writes its share of them
+    with pytest.raises(UserError, match=r"step-00000009 cannot be written: .*File too large"):
+        mine.save(9, tensors)
+        mine.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    mine.save(10, state_of(10))
+    mine.wait()
+    world.barrier()
+    assert names(folder) == ["step-00000001", "step-00000010"]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_rank_is_one_of_all(tmp_path):
+    launch(2, fail_on_one, tmp_path)
+    assert same(load_latest(tmp_path), 10)
 
 
 def test_the_copy_is_of_the_moment_of_the_save(tmp_path):

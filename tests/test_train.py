@@ -1,7 +1,9 @@
 """The run end to end on a small random teacher: determinism, resume, bad input, student folder, profile."""
 
+import importlib
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,13 @@ import torch
 from tiny_pipelines import embedded_teacher
 
 from senseflow.checkpoint import load_latest
+from senseflow.config import UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import FlowSchedule
+from senseflow.logs import RunLog
 from senseflow.train import iterate, main
+from senseflow.watch import Stop
 
 SMALL = [
     "--data.images",
@@ -114,7 +119,7 @@ def test_the_teachers_own_samples_as_images(teacher, tmp_path, capsys, monkeypat
     assert len({DATA_SEED, REFERENCE_SEED, STUDENT_SEED, TEACHER_SEED}) == 4
 
 
-def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, tmp_path, teacher, monkeypatch):
+def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, tmp_path, teacher, monkeypatch, capsys):
     a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     assert run(a) == 0
     assert run(b) == 0
@@ -132,6 +137,11 @@ def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, 
     assert not same(a, c)
     assert run(c, "--resume") == 0
     assert same(a, c)
+    (c / "results.json").unlink()
+    capsys.readouterr()
+    assert run(c, "--resume", "--train.keep_last", "8") == 0  # a Ctrl-C in the last iteration leaves the table to do
+    assert "iteration 8, saved by 1 rank(s), now 1; train.keep_last was 9 and is 8\n" in capsys.readouterr().out
+    assert same(a, c) and (c / "results.json").read_text() == (a / "results.json").read_text()
     rows = [json.loads(line) for line in (c / "metrics.jsonl").read_text().splitlines()]
     trained = [row["iteration"] for row in rows if "fake" in row]
     assert trained == list(range(1, 9))
@@ -279,6 +289,7 @@ def test_bad_flags_are_one_line(capsys):
 def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache):
     monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
     assert "does not exist" in error(capsys, ["--teacher", str(tmp_path / "none")])
+    assert "model.side = 64: allowed is 32 with" in error(capsys, ["--model.side", "64"])
     (tmp_path / "t" / "transformer").mkdir(parents=True)
     assert "transformer/config.json" in error(capsys, ["--teacher", str(tmp_path / "t")])
     for file in (teacher / "transformer").iterdir():
@@ -294,10 +305,54 @@ def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache)
     )
 
 
-def test_a_missing_package_names_the_install(capsys, monkeypatch, teacher):
+def test_a_missing_package_names_the_install(capsys, monkeypatch, teacher, tmp_path):
     import senseflow.data.emoji as emoji
 
     emoji.picture_files.cache_clear()
     monkeypatch.setattr(emoji, "find_spec", lambda name: None)
-    assert "pip install -e '.[train]'" in error(capsys, ["--teacher", str(teacher)])
+    pictures = ["--teacher", str(teacher), "--data.images", "pictures"]
+    assert "pip install -e '.[train]'" in error(capsys, pictures)
     emoji.picture_files.cache_clear()
+    with monkeypatch.context() as patch:  # as after `pip install -e .` alone
+        patch.setitem(sys.modules, "diffusers", None)
+        assert error(capsys, []) == "senseflow.train: package 'diffusers' is missing: run pip install -e '.[train]'"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UserError, match=r"tensorboard is missing: run pip install -e '\.\[train\]', or set False"):
+            RunLog(tmp_path, tensorboard=True, progress=False, total=1)
+
+
+COMMANDS = {
+    "prepare": ("prepare", ["--data", "x", "--out", "y"]), "sample": ("run", []), "evaluate": ("embedded_table", []),
+    "export": ("export", ["--student", "x", "--out", "y"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_the_missing_extra(name, capsys, monkeypatch):
+    command = importlib.import_module(f"senseflow.{name}")
+    body, argv = COMMANDS[name]
+
+    def without_the_extra(*_):
+        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+
+    monkeypatch.setattr(command, body, without_the_extra)
+    assert command.main(argv) == 2
+    wanted = f"senseflow.{name}: package 'safetensors' is missing: run pip install -e '.[train]'\n"
+    assert capsys.readouterr().err == wanted
+
+
+def test_ctrl_c_is_heard_at_once_and_a_second_one_is_a_line(capfd, monkeypatch):
+    with Stop(say=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.status == 130 and "saves after the iteration in progress" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("senseflow.train.train", interrupted)
+    assert main([]) == 130
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "--resume goes on from the last checkpoint" in lines[0]
