@@ -30,7 +30,7 @@ from senseflow.ablation.rows import BASES, GROUPS, Row, command, rows_of
 from senseflow.cli import Arguments, parse
 from senseflow.config import Config, UserError, from_dict, to_dict
 from senseflow.logs import Diverged, Monitors
-from senseflow.resuming import flat
+from senseflow.resuming import FREE, flat
 from senseflow.train import train
 
 # Set by this command, or what would make a run another length than its row's.
@@ -94,12 +94,14 @@ def record_file(args: argparse.Namespace, row: Row, seed: int) -> Path:
 
 
 def same_run(cfg: Config) -> dict[str, Any]:
-    """What of a config decides a run's numbers: all but where it lies and how it is shown."""
+    """What of a config decides a run's numbers: all but where it lies, how it is shown and what computes it."""
     plain = to_dict(cfg)
-    for name in ("out", "log", "preset"):
+    for name in ("out", "log", "preset", "dist", "memory", "kernels"):
         plain.pop(name)
-    for name in ("checkpoint_every", "keep_last", "threads"):
-        plain["train"].pop(name)
+    saving = ("checkpoint_every", "keep_last", "keep_best", "checkpoint_async", "threads")
+    for name in {*FREE, *(f"train.{leaf}" for leaf in saving)} - {"data.path"}:
+        section, _, leaf = name.partition(".")
+        plain[section].pop(leaf)
     return json.loads(json.dumps(plain))
 
 

@@ -129,11 +129,11 @@ def test_runs_are_shared_and_none_is_made_twice(tmp_path, capsys, monkeypatch):
         assert ablate.run_all(args, start) == 0
     assert made == [("full", 3), ("midpoint-adaptive", 3), ("midpoint-adaptive", 4)]
     assert "1 runs were being made by another process" in capsys.readouterr().out
-    other = arguments(tmp_path, "--seeds", "3", "4", "--set", "train.threads=1", "--set", "log.every=5")
+    other = arguments(tmp_path, "--seeds", "3", "4", "--set", "train.threads=1", "--set", "kernels.fuse=true")
     assert ablate.run_all(other, start) == 0 and made[3:] == [("full", 4)]
     file = tmp_path / "records" / "runs" / "full-seed3.json"
     record = json.loads(file.read_text())
-    del record["same"]["train"]["keep_best"]  # as of a version that did not have this setting yet
+    del record["same"]["train"]["warmup"]  # as of a version that did not have this setting yet
     file.write_text(json.dumps(record))
     assert ablate.run_all(args, start) == 0 and len(made) == 4
     assert reports == [(tmp_path / "records", ["midpoint"])] * 4  # after every run
