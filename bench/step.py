@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -312,7 +313,7 @@ def main(argv: list[str]) -> int:
     title = f"{cfg.preset}, batch {cfg.data.batch}, {mine.iterations} iterations each"
     print_table(title, COLUMNS, [cells(row) for row in rows])
     if mine.json:
-        where = environment() | dict(command=" ".join(["python -m bench.step", *argv]), versions=versions())
+        where = environment() | dict(command=f"python -m bench.step {shlex.join(argv)}", versions=versions())
         head = dict(environment=where, preset=cfg.preset, batch=cfg.data.batch, gen_every=cfg.train.gen_every)
         mine.json.parent.mkdir(parents=True, exist_ok=True)
         mine.json.write_text(json.dumps(head | dict(clock=mine.clock, rows=rows, **found), indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,12 @@ def step_rows(file: str, columns: list[str], wanted: tuple[str, ...] = ()) -> st
             "quartiles": f"{low:.2f} to {high:.2f}", **{n: f"{row['pictures'].get(n, 0):.2f}" for n in networks},
         }[column]  # fmt: skip
 
-    where = record["environment"]
+    where, names = record["environment"], [r["form"] for r in record["rows"]]
+    # Older files have the names of forms without the shell's quotes.
+    command = where["command"].replace("--only " + " ".join(names), "--only " + shlex.join(names))
     said = (
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}: medians of "
-        f"{rows[0]['iterations']} iterations, batch {record['batch']}; `{where['command']}`"
+        f"{rows[0]['iterations']} iterations, batch {record['batch']}; `{command}`"
     )
     return table(columns, [[cell(row, c) for c in columns] for row in rows]) + f"\n{said}.\n"
 

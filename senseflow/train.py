@@ -334,7 +334,7 @@ def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: P
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     log.say(
         f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
-        f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
+        f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps {len(parts.anchors)}'
     )
 
 
