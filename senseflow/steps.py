@@ -272,11 +272,9 @@ def keep_reference(parts: Parts, cfg: Config, data: Any) -> None:
     more, and where all of them take no more than KEPT_BYTES."""
     if parts.vfm is None or not cfg.disc.keep_reference or not hasattr(data, "keep_taps"):
         return
-    vfm: Any = parts.vfm
     pictures = data.images.shape[0] * data.images.shape[1]
-    size = 4 * pictures * (cfg.disc.size // vfm.patch) ** 2 * vfm.dims[0] * len(cfg.disc.taps)
-    if size <= KEPT_BYTES and LOOKS * pictures <= cfg.train.iterations * cfg.data.batch:
-        data.keep_taps(lambda pixels: vfm_features(parts, cfg, pixels, None, None))
+    if LOOKS * pictures <= cfg.train.iterations * cfg.data.batch:
+        data.keep_taps(lambda pixels: vfm_features(parts, cfg, pixels, None, None), KEPT_BYTES)
 
 
 def noised(parts: Parts, x: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,16 @@ class EmbeddedData:
         return self.cond.index(torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
-    def keep_taps(self, features: Callable[[Tensor], list[Tensor]]) -> None:
+    def keep_taps(self, features: Callable[[Tensor], list[Tensor]], most: int) -> None:
         """Batches carry `reference` from now on: what `features` makes of pixels [n, 3, H, W], made here once, the same
-        few pictures together in every run, so that a resumed one goes on with the same bits."""
-        device = self.cond.embeds.device
-        parts = self.images.flatten(0, 1).split(TOGETHER)
-        made = [features(to_float(on_device(part, device))) for part in parts]
+        few pictures together in every run, so that a resumed one goes on with the same bits. Nothing is kept where all
+        of it would take more than `most` bytes."""
+        device, images = self.cond.embeds.device, self.images.flatten(0, 1)
+        made: list[list[Tensor]] = []
+        for part in images.split(TOGETHER):
+            made.append(features(to_float(on_device(part, device))))
+            if sum(tap[0].numel() * tap.element_size() for tap in made[0]) * len(images) > most:
+                return
         self.taps = [torch.cat(tap) for tap in zip(*made, strict=True)]
 
     def batch(self, iteration: int, size: int) -> Batch:
