@@ -3,6 +3,7 @@ BENCHES := $(filter $(wildcard bench/*.py),bench/ops.py bench/step.py bench/data
 # A checkout runs without being installed, as on a GPU machine that has no network.
 export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+MKDOCS ?= $(PYTHON) -m mkdocs
 SANITIZER ?= compute-sanitizer
 # Others' kernels (attention, whole blocks) and compilation alone are not ours to check there.
 SANITIZED := $(filter-out tests/ops/test_aot% tests/ops/test_attention% tests/ops/test_mmdit%,$(wildcard tests/ops/test_*.py))
@@ -54,7 +55,7 @@ evidence:
 # (needs `pip install -e '.[docs]'`). `python -m bench.docs --write` brings the numbers up to date.
 docs:
 	$(PYTHON) -m bench.docs
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(MKDOCS) build --strict --quiet
 
 # dist/gpu-pack.tar.gz: this tree as it stands, the versions beside it, and packages that the GPU machine may lack, which
 # needs no network. There: unpack, cd gpu-pack, make gpu.

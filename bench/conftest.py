@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,10 +74,16 @@ def measure(benchmark: Any, session: Session) -> Callable[..., None]:
     """measure(op=, case=, form=, kind=, mode=, fn=, bytes=, error=, tolerance=): times fn, adds the row.
 
     error is that of fn's values against fp64, measured before; above tolerance nothing is timed and the test fails.
+    beside=[dict(form=, kind=, fn=, error=), ...]: forms whose rounds are run in turn with fn's, a row each, so that
+    a machine that slows down for a while slows all of them.
     """
 
-    def run(*, fn: Callable[[], Any], error: float, tolerance: float, mode: str, **what: Any) -> None:
-        assert error <= tolerance, f"{what['form']}: error {error:.2e} against fp64, allowed is {tolerance:.2e}"
+    def run(
+        *, fn: Callable[[], Any], error: float, tolerance: float, mode: str, beside: Sequence[dict[str, Any]] = (),
+        **what: Any,
+    ) -> None:  # fmt: skip
+        for form, off in [(what["form"], error), *((other["form"], other["error"]) for other in beside)]:
+            assert off <= tolerance, f"{form}: error {off:.2e} against fp64, allowed is {tolerance:.2e}"
         try:
             a_round, calls = harness.a_round(fn, mode)
         except RuntimeError as why:
@@ -90,7 +96,16 @@ def measure(benchmark: Any, session: Session) -> Callable[..., None]:
         launches, fused = harness.count_launches(fn)
         if harness.CUDA and what["kind"] == "ours" and not what["op"].startswith("attention"):  # others' kernels
             assert fused, "no fused kernel ran"
-        benchmark.pedantic(a_round, rounds=what.pop("rounds", harness.ROUNDS), warmup_rounds=2, iterations=1)
+        turns = [harness.Turn(other, mode) for other in beside]
+        rounds = what.pop("rounds", harness.ROUNDS)
+
+        def before_a_round() -> None:
+            for turn in turns:
+                turn.run()
+
+        benchmark.pedantic(
+            a_round, setup=before_a_round if turns else None, rounds=rounds, warmup_rounds=2, iterations=1
+        )
         if benchmark.stats is None:  # --benchmark-disable
             return
         stats = benchmark.stats.stats
@@ -100,6 +115,7 @@ def measure(benchmark: Any, session: Session) -> Callable[..., None]:
         )  # fmt: skip
         benchmark.extra_info.update(row)
         session.rows.append(row)
+        session.rows += [turn.row(row, rounds) for turn in turns]
 
     return run
 

@@ -1,22 +1,20 @@
 """The numbers and links of README and docs/, held to the committed files: `python -m bench.docs` (`make docs`).
 
-Numbers stand between `<!-- numbers NAME -->` and `<!-- /numbers -->` and come from the function NAME below, which reads
-result files alone. Without a flag a difference, a dead link or a name that is no longer in the code fails; --write
-rewrites the numbers.
+Numbers stand between `<!-- numbers NAME -->` and `<!-- /numbers -->` and come from NUMBERS[NAME] of bench/tables.py,
+which reads result files alone. Without a flag a difference, a dead link or a name that is no longer in the code fails;
+--write rewrites the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from bench.tables import NUMBERS, ROOT
+
 BLOCK = re.compile(r"(<!-- numbers ([\w.-]+) -->\n)(.*?)(<!-- /numbers -->)", re.S)
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 NAME = re.compile(r"`((?:[\w./-]+/)?[\w-]+\.py)(?:::|: )(\w+)`")
@@ -25,156 +23,14 @@ FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 def pages() -> list[Path]:
     """Every Markdown file that a user reads."""
-    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "csrc" / "README.md"]
     return [*named, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def read(path: str) -> Any:
-    return json.loads((ROOT / path).read_text())
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(columns)]
-                     + ["| " + " | ".join(row) + " |" for row in lines[2:]]) + "\n"  # fmt: skip
-
-
-def short(value: float, digits: int) -> str:
-    """.868 for 0.868, -10 for -10.2."""
-    text = f"{value:.{digits}f}"
-    return re.sub(r"^(-?)0\.", r"\1.", text)
-
-
-def evaluations(run: str) -> list[dict[str, float]]:
-    lines = (ROOT / f"docs/tiny/{run}-metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "eval/kid" in row]
-
-
-SCORES = (("eval/kid_raw", 0), ("eval/kid", 0), ("eval/fd", 1), ("eval/r1", 3), ("eval/cosine", 3))
-SCORE_HEADS = ["KID x1000", "KID, dithered", "FD, dithered", "text R@1", "cosine"]
-
-
-def tiny_table() -> str:
-    """README's table: seed 0, its results.json beside its evaluations."""
-    results = read("docs/tiny/seed0-results.json")
-    columns = ["network calls", "KID x1000", "dithered: KID x1000", "FD", "text R@1", "text cosine"]
-
-    def line(name: str, row: dict[str, str]) -> list[str]:
-        return [name, *(re.sub(r"^(-?)0\.", r"\1.", row[c]) for c in columns)]
-
-    def find(start: str, end: str = "") -> dict[str, str]:
-        return next(r for r in results if r["generator"].startswith(start) and r["generator"].endswith(end))
-
-    few = [r for r in results if r["generator"].startswith("teacher, 4 Euler steps")]
-    unguided = min((r for r in few if "w = 1," in r["generator"]), key=lambda r: float(r["KID x1000"]))
-    seen = evaluations("seed0")
-    rows = [
-        line("teacher, 50 guided steps, another seed: the floor", find("teacher, 50 Euler steps")),
-        line("teacher, 4 Euler steps, its best guidance and shift", find("teacher, 4 Euler", "its best")),
-        line("teacher, 4 Euler steps, no guidance", unguided),
-        *([f"student at iteration {row['iteration']:.0f}", "4", *scores(row)] for row in seen[:-1]),
-        line(f"student at the end ({seen[-1]['iteration']:.0f})", find("student, 4 steps, renoise")),
-    ]
-    return table(["against the teacher's 50 guided steps", "calls", *SCORE_HEADS], rows)
-
-
-def scores(row: dict[str, float]) -> list[str]:
-    return [short(row[name], digits) for name, digits in SCORES]
-
-
-def tiny_seeds() -> str:
-    """The last evaluation of every committed seed, beside the teacher's rows."""
-    rows = [[f"teacher, {name}", *(short(row[k.removeprefix("eval/")], d) for k, d in SCORES)]
-            for name, row in teacher_rows().items()]  # fmt: skip
-    for seed in range(3):
-        last = evaluations(f"seed{seed}")[-1]
-        rows.append([f"student, seed {seed}, iteration {last['iteration']:.0f}", *scores(last)])
-    return table(["generator", *SCORE_HEADS], rows)
-
-
-def teacher_rows() -> dict[str, dict[str, float]]:
-    reference = read("senseflow/assets/reference/reference.json")
-    best = min(reference["few"], key=lambda row: row["kid_raw"])
-    return {"50 guided steps, another seed": reference["many"], "4 steps, its best guidance": best}
-
-
-def tiny_long() -> str:
-    """Every evaluation of the longer run."""
-    return table(["iteration", *SCORE_HEADS], [[f"{r['iteration']:.0f}", *scores(r)] for r in evaluations("long")])
-
-
-def precision_table() -> str:
-    rows = read("bench/results/precision.json")["rows"]
-    names = ["theta share", "theta cosine", "phi share", "phi cosine"]
-    return table(["form", *names], [[row["form"], *(f"{row[n]:.4f}" for n in names)] for row in rows])
-
-
-def memory_table() -> str:
-    """From the bytes of the dtypes: weight, gradient, moments, other half; 11.9e9 weights, student and fake."""
-    forms: list[tuple[str, tuple[int, int, int, int | None], str]] = [
-        ("fp32", (4, 4, 8, None), ""), ("split", (2, 2, 8, 2), ""), ("split, 8-bit moments", (2, 2, 2, 2), ""),
-        ("split, 8-bit moments, in_backward", (2, 0, 2, 2), ""),
-        ("stochastic, 8-bit moments, in_backward", (2, 0, 2, 0), ""),
-        ("split, host", (2, 2, 0, 0), ", and 12 + 2 bytes a weight on the host"),
-    ]  # fmt: skip
-    rows = []
-    for name, parts, more in forms:
-        total = sum(p or 0 for p in parts)
-        cells = ["" if p is None else str(p) for p in parts]
-        rows.append([name, *cells, str(total), f"{2 * total * 11.9:.0f} GB{more}"])
-    heads = ["weight", "gradient", "moments", "other half", "sum", "FLUX.1, 11.9e9: student + fake"]
-    return table(["", *heads], rows)
-
-
-def moments_table() -> str:
-    rows = read("bench/results/moments.json")["rows"]
-    cells = [
-        [r["score"].removeprefix("eval/"), f"{r['fp32']:.4g}", f"{r['eight']:.4g}", f"{r['spread']:.2g}"] for r in rows
-    ]
-    return table(["mean of 3 seeds", "fp32", "8-bit", "spread of fp32"], cells)
-
-
-def fp8_table() -> str:
-    """Relative errors at each sigma; of random teachers the score's alone: their guidance points nowhere."""
-    record, rows = read("bench/results/fp8.json"), []
-    for one in record["teachers"]:
-        kinds = {"score": "score", "guided": "guided score", "dmd_gradient": "DMD gradient at the start"}
-        for key, words in kinds.items() if not rows else [("score", "score")]:
-            name = f"{one['teacher']} ({one['weights']:.1f} M weights): {words}"
-            rows.append([name, *(f"{100 * row[key]:.2f} %" for row in one["rows"])])
-    return table(["sigma", *(f"{row['sigma']:g}" for row in record["teachers"][0]["rows"])], rows)
-
-
-def ablation(group: str) -> Callable[[], str]:
-    """A group's table from docs/ablation/runs; a line that says so where nothing is recorded yet."""
-
-    def made() -> str:
-        from senseflow.ablation import report
-
-        records = report.read_records(ROOT / "docs" / "ablation")
-        columns, rows = report.table(group, records)
-        if all(row[1] == "0" for row in rows):
-            return f"Not run yet: `python -m senseflow.ablate {group}`.\n"
-        return table(columns, rows)
-
-    return made
-
-
-GROUPS = ("core", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
-NUMBERS: dict[str, Callable[[], str]] = {
-    "tiny-table": tiny_table,
-    "tiny-seeds": tiny_seeds,
-    "tiny-long": tiny_long,
-    "moments-table": moments_table,
-    "precision-table": precision_table,
-    "memory-table": memory_table,
-    "fp8-table": fp8_table,
-    **{f"ablation-{group}": ablation(group) for group in GROUPS},
-}
-
-
 def same_table(a: str, b: str) -> bool:
-    """Whether two blocks say the same: cells compared, whatever pads them."""
+    """Whether two blocks say the same: cells compared, whatever pads them; code to the letter."""
+    if "```" in b:
+        return a.strip() == b.strip()
 
     def plain(text: str) -> list[list[str]]:
         return [[cell.strip(" -:") if set(cell.strip()) <= set("-:") else cell.strip() for cell in line.split("|")]

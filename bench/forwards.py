@@ -42,8 +42,8 @@ PUBLISHED = Switches(encode_online=True)
 # What the published loop spends by bench/released.py's switches: off, one at a time; and what modelopt's adds.
 SAVINGS = (("own_features_of_r", False), ("look_always", False), ("encode_online", False), ("own_sample_for_d", True))
 SMALL = [
-    "--data.batch=2", "--train.gen_every=2", "--disc.taps=2", "--disc.size=28", "--disc.width=8", "--disc.backbone=",
-    "--disc.downsample=1", "--train.precision=fp32", "--model.dtype=fp32",
+    "--data.batch=2", "--train.gen_every=2", "--train.iterations=128", "--disc.taps=2", "--disc.size=28",
+    "--disc.width=8", "--disc.backbone=", "--disc.downsample=1", "--train.precision=fp32", "--model.dtype=fp32",
 ]  # fmt: skip
 LARGE = ["--model.side=64", "--model.text_length=16"]
 # tokens and width of a prompt, width of its vector, at the presets' text lengths
@@ -244,12 +244,19 @@ def small_run(preset: str, root: Path) -> Iterator[tuple[Any, Parts, Any]]:
 
 
 def family(preset: str, root: Path) -> dict[str, Any]:
-    """Counts of one preset: ours, ours without skip_silent, the published order, and it with each waste turned off."""
+    """Counts of one preset: ours, ours with each saving off (r's features are kept for the embedded data, and for the
+    others where a cache holds them), the published order, and it with each waste turned off."""
     tflop, law = true_forwards(preset), PRESETS[preset]()
     found: dict[str, dict[str, float]] = {}
     with small_run(preset, root) as (cfg, parts, data):
-        for name, skip in (("ours", True), ("ours, disc.skip_silent false", False)):
-            mine = replace(cfg, disc=replace(cfg.disc, skip_silent=skip))
+        embedded = preset == "tiny"
+        ours = {
+            "ours": (True, embedded),
+            "ours, disc.skip_silent false": (False, embedded),
+            "ours, disc.keep_reference false" if embedded else "ours, prepare --features": (True, not embedded),
+        }
+        for name, (skip, keep) in ours.items():
+            mine = replace(cfg, disc=replace(cfg.disc, skip_silent=skip, keep_reference=keep))
             run = partial(train.iterate, mine, parts, Updates(mine, parts))
             found[name] = mean_counts(cfg, parts, data, run, law)
         forms: dict[str, Switches] = {}
@@ -263,19 +270,23 @@ def family(preset: str, root: Path) -> dict[str, Any]:
     return dict(tflop=tflop, forwards=found)
 
 
+def table_of(row: dict[str, Any]) -> str:
+    """A preset's counts as a markdown table."""
+    tflop, found = row["tflop"], row["forwards"]
+    used = [n for n in NETWORKS if tflop[n] and any(c[n] for c in found.values())]
+    lines = ["| | " + " | ".join(used) + " | TFLOP |", "|---|" + "---|" * (len(used) + 1)]
+    lines.append("| TFLOP of one forward | " + " | ".join(f"{tflop[n]:.3g}" for n in used) + " | |")
+    for name, counts in found.items():
+        total = sum(counts[n] * tflop[n] for n in NETWORKS)
+        lines.append(f"| {name} | " + " | ".join(f"{counts[n]:.2f}" for n in used) + f" | {total:.3g} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables(record: dict[str, Any]) -> Iterator[str]:
     """The record in words: markdown, one table per preset."""
     for preset, row in record["presets"].items():
-        tflop, found = row["tflop"], row["forwards"]
-        used = [n for n in NETWORKS if tflop[n] and any(c[n] for c in found.values())]
         yield f"{preset}: forward-equivalents per picture and iteration\n"
-        yield "| | " + " | ".join(used) + " | TFLOP |"
-        yield "|---|" + "---|" * (len(used) + 1)
-        yield "| TFLOP of one forward | " + " | ".join(f"{tflop[n]:.3g}" for n in used) + " | |"
-        for name, counts in found.items():
-            total = sum(counts[n] * tflop[n] for n in NETWORKS)
-            yield f"| {name} | " + " | ".join(f"{counts[n]:.2f}" for n in used) + f" | {total:.3g} |"
-        yield ""
+        yield table_of(row)
 
 
 def main(argv: list[str]) -> int:

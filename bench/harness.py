@@ -148,6 +148,30 @@ def a_round(fn: Callable[[], Any], mode: str) -> tuple[Callable[[], None], int]:
     return on_cuda, calls
 
 
+class Turn:
+    """A form timed between another's rounds: dict(form=, kind=, fn=, error=)."""
+
+    def __init__(self, other: dict[str, Any], mode: str) -> None:
+        self.other, self.times = other, list[float]()
+        self.round, self.calls = a_round(other["fn"], mode)
+
+    def run(self) -> None:
+        """One round of it."""
+        start = _clock.now
+        self.round()
+        self.times.append(_clock.now - start)
+
+    def row(self, beside: dict[str, Any], rounds: int) -> dict[str, Any]:
+        """Its row of the result file: what it shares with the form beside it, its own times of the last rounds."""
+        times = self.times[-rounds:]
+        low, middle, high = quantiles(times, n=4)
+        launches, fused = count_launches(self.other["fn"])
+        own = dict(form=self.other["form"], kind=self.other["kind"], error=self.other["error"], median_s=middle,
+                   iqr_s=high - low, rounds=len(times), calls_a_round=self.calls, launches=launches,
+                   fused_launches=fused)  # fmt: skip
+        return beside | own
+
+
 def _kernels_of(fn: Callable[[], Any]) -> int:
     """What fn puts on the GPU, copies and fills included, as the profiler sees it."""
     from torch.autograd import DeviceType

@@ -27,16 +27,16 @@ NEEDED = {
 FLAGS = [word for name, value in NEEDED.items() for word in (f"--{name}", str(value))]
 
 
-def check_fits(cfg: Config, parts: Parts) -> None:
-    """Raises UserError where ours does more than DMD2 without a GAN, which modelopt's would not."""
-    for name, value in NEEDED.items():
+def check_fits(cfg: Config, parts: Parts, needed: dict[str, Any] = NEEDED, peer: str = "modelopt") -> None:
+    """Raises UserError where ours does more than DMD2 without a GAN, which the peer's would not."""
+    for name, value in needed.items():
         section, _, leaf = name.partition(".")
         if getattr(getattr(cfg, section), leaf) != value:
-            raise UserError(f"{name} = {getattr(getattr(cfg, section), leaf)!r}: allowed is {value!r} beside modelopt")
+            raise UserError(f"{name} = {getattr(getattr(cfg, section), leaf)!r}: allowed is {value!r} beside {peer}")
     if cfg.dmd.guidance_min != cfg.dmd.guidance_max:
-        raise UserError("dmd.guidance_min and dmd.guidance_max differ: allowed is one guidance beside modelopt")
+        raise UserError(f"dmd.guidance_min and dmd.guidance_max differ: allowed is one guidance beside {peer}")
     if not isinstance(parts.adapter.schedule, FlowSchedule) or parts.adapter.schedule.kind != "linear":
-        raise UserError("model.family: allowed are flow teachers with a linear shift beside modelopt")
+        raise UserError(f"model.family: allowed are flow teachers with a linear shift beside {peer}")
 
 
 class ModeloptLoop:

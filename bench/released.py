@@ -34,6 +34,8 @@ class Switches:
     batched_cfg: bool = True  # as published; False: two teacher calls, as FastGen's and modelopt's loops do
     encode_online: bool = False  # published: prompt, empty prompt and picture are encoded anew every iteration
     own_sample_for_d: bool = False  # modelopt: D's step makes the student's picture a second time
+    fused_blocks: bool = False  # transformer blocks on the fused operations instead of diffusers' own forward
+    kept_reference: bool = False  # r's features as the batch brings them, where it does: no pass at all
 
 
 class ReleasedLoop:
@@ -87,7 +89,9 @@ class ReleasedLoop:
 
     def _logits(self, taps: Any, batch: Batch) -> Tensor:
         """D(x, c, r), all heads' logits side by side; r's features are made for this call, as in the published loop."""
-        if self.switches.own_features_of_r or self.r is None:
+        if self.switches.kept_reference and batch.reference is not None:
+            self.r = batch.reference
+        elif self.switches.own_features_of_r or self.r is None:
             with torch.no_grad():
                 self.r = self._features(batch.pixels, batch, None)
         assert self.parts.disc is not None

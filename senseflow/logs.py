@@ -295,7 +295,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                "log.tensorboard = True, but tensorboard is not installed: install it, or set False"
+                "log.tensorboard = True, but tensorboard is missing: run pip install -e '.[train]', or set False"
             ) from None
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=purge_step)
 
@@ -374,6 +374,8 @@ class RunLog:
         if self.writer:
             self.writer.add_image("grid", grid, iteration)
             self.writer.flush()
+        if iteration == self.start:  # what it took, a minute on a CPU, would be counted into every iteration left
+            self.began = self.spoke = time.monotonic()
         scores = "  ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in row.items())
         self.say(f"iteration {iteration}: {scores or f'pictures in {picture_path}'}")
 

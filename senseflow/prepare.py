@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 from senseflow import __version__
-from senseflow.cli import convert, parse
-from senseflow.config import Config, UserError, describe
+from senseflow.cli import convert, extra_named, parse
+from senseflow.config import Config, UserError
 from senseflow.data import shards
-from senseflow.data.cache import setting_fields
+from senseflow.data.cache import is_cache, setting_fields
 from senseflow.data.samples import Skipped
 from senseflow.data.stream import Items, choose
 from senseflow.encoding import LATENT_DTYPES, Maker, Options, space
 from senseflow.models.identity import identity
+from senseflow.section import describe
 
 HELP = {
     "out": "the cache's folder",
@@ -65,9 +66,9 @@ def arguments(argv: list[str]) -> tuple[Options, Config]:
             value = words.pop(0)
         found[field] = convert(name, kinds[field], value)
     if any(word in ("-h", "--help") for word in rest):
-        print(
-            (__doc__ or "").strip() + "\n\n" + "\n".join(f"  --{k.replace('_', '-'):<20} {v}" for k, v in HELP.items())
-        )
+        takes = {k: "a switch" if kind is bool else f"default {getattr(Options, k)!r}" for k, kind in kinds.items()}
+        lines = [f"  --{k.replace('_', '-'):<20} {text} [{takes[k]}]" for k, text in HELP.items()]
+        print((__doc__ or "").strip() + "\n\n" + "\n".join(lines))
         print("\nBesides, every setting of a run: see python -m senseflow.train --help")
         sys.exit(0)
     options, cfg = Options(**found), parse(rest, "").config
@@ -83,6 +84,8 @@ def arguments(argv: list[str]) -> tuple[Options, Config]:
             raise UserError(f"--{field.replace('_', '-')} {getattr(options, field)}: allowed is {low} or more")
     if not cfg.data.path and not options.verify:
         raise UserError("--data is missing: name a folder of pictures or another source")
+    if is_cache(cfg.data.path):
+        raise UserError(f"--data {cfg.data.path} is a cache already: train with it")
     if cfg.data.crop != "center":
         raise UserError("data.crop = 'random': a cache holds one crop; allowed is center")
     if options.latents_dtype == "auto":
@@ -301,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
             counts = shards.verify(Path(options.out))
             print(f"{counts['good']} files as they were written, {counts['bad']} not", flush=True)
             return 1 if counts["bad"] else 0
-        prepare(options, cfg)
+        with extra_named():
+            prepare(options, cfg)
     except UserError as error:
         print(f"senseflow.prepare: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ import torch
 from torch import Tensor
 
 from senseflow import checkpoint
+from senseflow.cli import extra_named
+from senseflow.config import UserError
 from senseflow.data.batches import shuffled_index
 from senseflow.data.emoji import load_variants, pick_variants, to_float
+from senseflow.models.embedded import load_transformer, teacher_folder
 from senseflow.models.text import embed_prompts
 
 ARCHITECTURE: dict[str, Any] = dict(  # 6.2 M parameters: 64 image tokens of 4x4 pixels, 16 text tokens
@@ -94,15 +98,15 @@ def save_teacher(net, ema: list[Tensor], folder: Path, record: dict) -> None:
 
 
 def build(args: argparse.Namespace):
-    """(network, optimizer, EMA tensors, iterations done): fresh, from a teacher folder, or from args.out."""
+    """(network, optimizer, EMA tensors, iterations done): fresh, from a teacher folder, or from args.out.
+
+    Raises UserError for a teacher folder that does not load.
+    """
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(args.seed)
     if args.init:
-        from senseflow.models.embedded import teacher_folder
-
-        folder = teacher_folder(args.init)
-        net = SD3Transformer2DModel.from_pretrained(folder / "transformer").float()
+        net: Any = load_transformer(teacher_folder(args.init))
     else:
         net = SD3Transformer2DModel(**ARCHITECTURE)
     net.train()
@@ -178,5 +182,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Bad input is one line on stderr and exit status 2."""
+    args = arguments(argv)
+    try:
+        with extra_named():
+            train(args)
+    except UserError as error:
+        print(f"senseflow.pretrain: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    train(arguments())
+    sys.exit(main())

@@ -107,6 +107,9 @@ class Profiler:
         self.flops: dict[str, list[int]] = defaultdict(list)
         self.moved: dict[str, list[float]] = defaultdict(list)  # bytes of each call, told by `moves`
         self.launches: Counter[str] = Counter()
+        self.calls: dict[str, list[int]] = defaultdict(list)  # network calls of each span: a rollout has several
+        self.traced: Counter[str] = Counter()  # calls in the traced cycle
+        self.told = 0  # calls of the phase that runs
         self.steps: list[_Span] = []
         self.order: list[list[tuple[str, _Span]]] = []  # of each timed iteration its phases
         self.trace: Any = None
@@ -147,6 +150,11 @@ class Profiler:
         count twice."""
         return self._phase(name) if self.enabled else _NOTHING
 
+    def call(self) -> None:
+        """One network call within the phase that runs. Rollout lengths are drawn, so cycles differ: by the call, FLOPs
+        counted in one cycle and times of another belong together."""
+        self.told += 1
+
     def moves(self, name: str, count: Callable[[], float]) -> None:
         """Of the phase `name`, now: that it reads and writes count() bytes at the least."""
         if self.enabled and self.mode == "time":
@@ -158,22 +166,25 @@ class Profiler:
             raise RuntimeError(f"phase {name!r} begins inside {self.inside!r}: phases do not nest")
         if self.mode == "idle":
             self._begin()
-        self.inside = name
+        self.inside, self.told = name, 0
         try:
             if self.mode == "flops":
                 with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
                     yield  # compiled code would hide its operators
-                self.flops[name].append(counter.get_total_flops())
+                calls = max(self.told, 1)
+                self.flops[name] += [counter.get_total_flops() // calls] * calls
             elif self.mode == "time":
                 _reset_peak()
                 span = _Span()
                 yield
                 self.spans[name].append(span.stop())
+                self.calls[name].append(max(self.told, 1))
                 self.order[-1].append((name, span))
                 self.peak[name] = max(self.peak[name], _peak_mb())
             else:
                 with torch.profiler.record_function(name):
                     yield
+                self.traced[name] += max(self.told, 1)
         finally:
             self.inside = None
 
@@ -202,14 +213,19 @@ class Profiler:
         flops = sum(counts) / len(counts) if counts else 0.0
         through = sum(moved) / len(moved) if moved else 0.0
         mean = sum(times) / len(times)
-        # Mean FLOPs over mean seconds: rollout lengths are drawn, so single calls do not compare.
+        # Mean FLOPs over mean seconds: calls of one phase can be of several kinds, as the backward's are.
         rate = flops / mean
         return [
             name, str(len(times)), f"{1e3 * statistics.median(times):.1f}", f"{100 * sum(times) / total:.1f}",
             f"{self.peak[name]:.0f}", f"{flops / 1e9:.1f}", f"{rate / 1e9:.1f}", f"{100 * rate / self.rates.flops:.1f}",
             f"{through / 1e9:.3f}" if moved else "", f"{through / mean / 1e9:.1f}" if moved else "",
-            f"{self.launches[name] / len(times):.0f}", f"{1e3 * self.rates.floor(flops, through):.2f}",
+            f"{self.launches[name] / max(self.traced[name], 1):.0f}", f"{1e3 * self.rates.floor(flops, through):.2f}",
         ]  # fmt: skip
+
+    def _seconds(self, name: str) -> list[float]:
+        """Of each call of a phase in the timed cycle; several within one span share its time."""
+        pairs = zip(self.spans[name], self.calls[name], strict=True)
+        return [span.seconds() / calls for span, calls in pairs for _ in range(calls)]
 
     def _floor(self, name: str, times: int) -> float:
         """Seconds that this phase's calls of the cycle take at best."""
@@ -228,13 +244,13 @@ class Profiler:
         if not self.enabled or not steps:
             return []
         total = sum(steps)
-        seconds = {name: [s.seconds() for s in spans] for name, spans in self.spans.items()}
+        seconds = {name: self._seconds(name) for name in self.spans}
         self.launches = launches_by_phase(traced.events(), seconds) if traced is not None else Counter()
         order = sorted(seconds, key=lambda name: -sum(seconds[name]))
         rows = [self._row(name, seconds[name], total) for name in order]
         rest = total - sum(map(sum, seconds.values()))
         rows.append(["(rest)", "", "", f"{100 * rest / total:.1f}", *[""] * 8])
-        flops = sum(map(sum, self.flops.values()))
+        flops = sum(statistics.mean(self.flops[name]) * len(seconds[name]) for name in order if self.flops[name])
         gaps = [(name, sum(seconds[name]), self._floor(name, len(seconds[name]))) for name in order]
         ideal = sum(floor for *_, floor in gaps)
         rows.append([
@@ -257,6 +273,7 @@ class Profiler:
         ideal, waited = sum(floor for *_, floor in gaps), sum(s for name, s, _ in gaps if name == "data")
         largest = sorted(gaps, key=lambda gap: gap[2] - gap[1])[:3]
         lost = ", ".join(f"{name} {1e3 * (took - floor):.1f} ms" for name, took, floor in largest)
+        uncounted = [name for name, *_ in gaps if not self.flops[name]]
         return [
             f"measured at start: matrix product {self.rates.flops / 1e9:.0f} GFLOP/s in {self.dtype}, copy "
             f"{self.rates.bytes / 1e9:.1f} GB/s",
@@ -264,6 +281,7 @@ class Profiler:
             f"ideal cycle at these rates: {1e3 * ideal:.1f} ms; this one took {1e3 * total:.1f} ms, "
             f"{total / ideal:.1f} times that" if ideal > 0 else "ideal cycle: no FLOP and no byte was counted",
             f"furthest from their floors: {lost}",
+            *([f"without FLOPs, as the cycle that counts them had none: {', '.join(uncounted)}"] if uncounted else []),
         ]  # fmt: skip
 
     def _lanes(self) -> list[list[tuple[str, float, float]]]:

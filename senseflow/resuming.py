@@ -16,7 +16,8 @@ from senseflow.updates import Updates
 SECTIONS = ("model", "lora", "data", "dmd", "fake", "isg", "ida", "disc", "rollout", "ema")
 FIELDS = ("seed", "train.precision", "train.moments", "optim.name", "optim.in_backward")
 # How fast batches come, where they lie, and what is computed twice.
-FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout", "model.checkpointing", "disc.checkpointing")
+FREE = ("data.path", "data.workers", "data.prefetch", "data.timeout", "model.checkpointing", "disc.checkpointing",
+        "disc.keep_reference")  # fmt: skip
 
 
 def check_config(saved: dict[str, Any], cfg: Config) -> None:
@@ -77,12 +78,19 @@ def roll_back(folder: Path, updates: Updates, error: Diverged, slower: float, le
     return checkpoint.iteration_of(path), state
 
 
-def resumed(path: Path, world: World) -> str:
-    """The line that says from what a run goes on."""
+def changed(saved: dict[str, Any], cfg: Config) -> list[str]:
+    """The settings of training that a resume may change and this one does: a flag that was forgotten shows here."""
+    was, now = (flat(to_dict(c)) for c in (from_dict(saved), cfg))
+    names = [name for name in now if name.partition(".")[0] in ("train", "optim") and was[name] != now[name]]
+    return [f"{name} was {was[name]!r} and is {now[name]!r}" for name in names]
+
+
+def resumed(path: Path, world: World, saved: dict[str, Any], cfg: Config) -> str:
+    """The line that says from what a run goes on, and with which other settings of training."""
     text = f"resumed from {path}, iteration {checkpoint.iteration_of(path)}"
     if (path / checkpoint.MANIFEST).exists():
         text += f", saved by {checkpoint.manifest(path)['ranks']} rank(s), now {world.size}"
-    return text
+    return "; ".join([text, *changed(saved, cfg)])
 
 
 def is_best(scores: Mapping[int, float], iteration: int, count: int) -> bool:

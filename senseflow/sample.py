@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
+from senseflow.cli import extra_named
 from senseflow.config import Config, UserError
 from senseflow.data.cache import is_cache
 from senseflow.data.emoji import default_names, to_float, to_uint8
@@ -114,6 +116,15 @@ def picture_grid(pictures: Tensor, columns: int, scale: int = 2, gap: int = 4) -
     return sheet
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file: a folder that cannot be written, or a full disk, is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def save_png(picture: Tensor, path: Path, text: Mapping[str, Any] | None = None) -> None:
     """Writes a uint8 picture [3, H, W]; text: PNG text chunks. A reader never sees half a file."""
     from PIL import Image, PngImagePlugin
@@ -121,10 +132,11 @@ def save_png(picture: Tensor, path: Path, text: Mapping[str, Any] | None = None)
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(partial, format="PNG", pnginfo=chunks)
-    os.replace(partial, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(partial, format="PNG", pnginfo=chunks)
+        os.replace(partial, path)
 
 
 def read_png(path: Path) -> Tensor:
@@ -291,8 +303,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """What the pictures are, a line each."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_pictures(
@@ -335,18 +348,20 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: allowed is 1 or more")
     args.sampler = args.sampler or ("renoise" if args.student else "euler")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.images)]
+    if bad := next((p for p in prompts if any("\ud800" <= c <= "\udfff" for c in p)), None):
+        raise UserError(f"prompt {bad!r} is no UTF-8: allowed is text")
     source = Source(args, default_device())
     out = args.out or (args.student if args.student else Path()) / "samples"
-    words = ["".join(c if c.isalnum() else "-" for c in prompt)[:60] for prompt in prompts]
+    words = ["".join(c if c.isalnum() else "-" for c in prompt)[:50] for prompt in prompts]
     files = [out / f"{i:0{max(3, len(str(len(prompts) - 1)))}d}-{word}.png" for i, word in enumerate(words)]
     rows = [
         dict(file=file.name, index=i, prompt=prompt, seed=args.seed, **source.about)
         for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    if rank == 0:
-        write_rows(out / "samples.jsonl", rows)
     for _ in make_pictures(source, prompts, files, rows, rank, world):
         pass
+    if rank == 0:  # after them: bad input leaves nothing behind
+        write_rows(out / "samples.jsonl", rows)
     if write_sheet(files, out):
         where = f", the first {SHEET} of them" if len(files) > SHEET else ", all of them"
         print(f"{len(files)} pictures in {out}{where} on {out / 'sheet.png'}; what they are: {out / 'samples.jsonl'}")
@@ -365,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: pictures, samples.jsonl and a sheet. Bad input is one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        run(args)
+        with extra_named():
+            run(args)
     except UserError as error:
         print(f"senseflow.sample: {error}", file=sys.stderr)
         return 2

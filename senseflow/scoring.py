@@ -1,7 +1,7 @@
 """Scores a student, or a folder of pictures, with the metrics of the field.
 
-    python -m senseflow.evaluate --student RUN --coco COCO_FOLDER --metrics fid-t patch-fid-t clip hpsv2 pickscore
-    imagereward python -m senseflow.evaluate --pictures FOLDER --reference TEACHER_FOLDER --real FOLDER --metrics all
+    python -m senseflow.evaluate --student RUN --coco COCO_FOLDER --metrics fid-t patch-fid-t clip hpsv2 imagereward
+    python -m senseflow.evaluate --pictures FOLDER --reference TEACHER_FOLDER --real FOLDER --metrics all
     python -m senseflow.evaluate --student RUN --write geneval=CLONE    # pictures for the benchmark's own evaluator
     python -m senseflow.evaluate --student RUN --read geneval=results.jsonl
     python -m senseflow.evaluate --student runs/tiny                    # the embedded table of a finished run
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from senseflow import sample
+from senseflow.cli import extra_named
 from senseflow.config import UserError
 from senseflow.scores import coco
 from senseflow.scores.benchmarks import IMAGES, layout, read_results, write_dpg_grids
 from senseflow.scores.pictures import FeatureStore, PictureSet, picture_folder
 from senseflow.scores.registry import EXTRACTORS, METRICS, Metric, find_metrics
-from senseflow.scores.report import print_report, versions
+from senseflow.scores.report import left_out, print_report, versions
 from senseflow.student import default_device
 
 STUDENT_SEED, TEACHER_SEED = 1, 2  # independent noises, as everywhere
@@ -269,8 +270,8 @@ def extract(run: Run, store: FeatureStore, sets: dict[str, PictureSet]) -> None:
                     pass
         except UserError as error:
             run.missing |= {m.name: str(error) for m in users}
-    for name, reason in run.missing.items():
-        run.say(f"{name} is left out: {reason}")
+    for line in left_out(run.missing):
+        run.say(line)
 
 
 def reduced(run: Run, store: FeatureStore, sets: dict[str, PictureSet]) -> dict[str, dict[str, Any]] | None:
@@ -346,11 +347,12 @@ def main(argv: list[str]) -> int:
     """Command line. Bad input is one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        run = Run(args)
-        if args.write:
-            write_benchmark(run)
-        else:
-            score(run)
+        with extra_named():
+            run = Run(args)
+            if args.write:
+                write_benchmark(run)
+            else:
+                score(run)
     except UserError as error:
         print(f"senseflow.evaluate: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,8 @@ from senseflow.models.adapter import Adapter, Condition, in_dtype
 from senseflow.profiling import Profiler
 from senseflow_kernels import hinge_discriminator, hinge_generator
 
+KEPT_BYTES, LOOKS = 256 << 20, 4  # of r's taps, of all pictures together; at each picture, for that to be worth it
+
 
 @dataclass
 class Parts:
@@ -78,7 +80,10 @@ class PhasedAdapter:
     def predict(
         self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition, guidance: Tensor | None = None
     ) -> Tensor:
-        with nullcontext() if self.profiler.inside else self.profiler.phase(self.names[id(net)]):
+        if self.profiler.inside:
+            self.profiler.call()
+            return self.adapter.predict(net, x, sigma, cond, guidance)
+        with self.profiler.phase(self.names[id(net)]):
             return self.adapter.predict(net, x, sigma, cond, guidance)
 
     def features(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -135,7 +140,7 @@ def student_input(parts: Parts, cfg: Config, batch: Batch, iteration: int):
     if d.coin(iteration, cfg.rollout.backward_prob):
         j = d.integer(iteration, len(parts.anchors))
         noises = [d.normal(iteration, ids, f"rollout{i}", shape) for i in range(j + 1)]
-        with parts.phase("rollout"):
+        with parts.phase("rollout") if j else nullcontext():
             x_tau = backward_simulation(parts.adapter, parts.student, noises, parts.anchors, j, batch.cond)
         index = torch.full_like(ids, j)
     else:
@@ -241,10 +246,10 @@ def d_dtype(cfg: Config, x: Tensor) -> AbstractContextManager[object]:
     return in_dtype(x, torch.bfloat16 if cfg.model.dtype == "bf16" else torch.float32)
 
 
-def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step, stream: str | None):
+def vfm_features(parts: Parts, cfg: Config, pixels: Tensor, step: Step | None, stream: str | None):
     """Backbone taps of pixels; augmented by the numbers of `stream` (x), or as they are (r, stream None)."""
     assert parts.vfm is not None
-    if stream and cfg.disc.augment:
+    if step is not None and stream and cfg.disc.augment:
         rand = parts.draws.uniform(step.iteration, step.batch.samples, stream, (AUGMENT_DRAWS,))
         pixels = diff_augment(pixels, rand)
     vfm: Any = parts.vfm
@@ -256,10 +261,20 @@ def reference_features(parts: Parts, cfg: Config, step: Step):
     """Taps of r, the sample's own real image: once an iteration, shared by every D term. None where nothing asks."""
     if parts.disc is None or cfg.disc.kind != "vfm" or (step.silent and cfg.disc.omega_on_d):
         return None
-    if step.batch.reference is not None:
+    if step.batch.reference is not None and cfg.disc.keep_reference:
         return step.batch.reference
     with torch.no_grad():
         return vfm_features(parts, cfg, step.batch.pixels, step, None)
+
+
+def keep_reference(parts: Parts, cfg: Config, data: Any) -> None:
+    """Has the embedded data bring r's taps along in its batches: where the run looks at each picture LOOKS times or
+    more, and where all of them take no more than KEPT_BYTES."""
+    if parts.vfm is None or not cfg.disc.keep_reference or not hasattr(data, "keep_taps"):
+        return
+    pictures = data.images.shape[0] * data.images.shape[1]
+    if LOOKS * pictures <= cfg.train.iterations * cfg.data.batch:
+        data.keep_taps(lambda pixels: vfm_features(parts, cfg, pixels, None, None), KEPT_BYTES)
 
 
 def noised(parts: Parts, x: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor]:
@@ -324,7 +339,9 @@ def discriminator_loss(parts: Parts, cfg: Config, step: Step, real_features) -> 
     disc: Any = parts.disc
     with parts.phase("D heads"), d_dtype(cfg, x0):
         condition = disc.conditioning(text, real_features)  # one pass of the reference tower for both
-        real, fake = disc.logits(f_real, condition), disc.logits(f_fake, condition)
+        taps = [torch.cat(both) for both in zip(f_real, f_fake, strict=True)]
+        logits = [x.chunk(2) for x in disc.logits(taps, [torch.cat([c, c]) for c in condition])]
+        real, fake = [x[0] for x in logits], [x[1] for x in logits]
     weight = step_weight(parts, cfg, step) if cfg.disc.omega_on_d else None
     out = hinge_discriminator(real, fake, weight)
     step.metrics |= {
@@ -363,6 +380,7 @@ __all__ = [
     "encoded",
     "fake_loss",
     "generator_losses",
+    "keep_reference",
     "phased",
     "reference_features",
     "saturation",

@@ -19,7 +19,7 @@ import senseflow_kernels
 from senseflow import checkpoint, dist, fitting, planning
 from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscriminator
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
-from senseflow.cli import Arguments, parse
+from senseflow.cli import Arguments, extra_named, parse
 from senseflow.compiling import compile_parts, uncompiled
 from senseflow.config import Config, UserError, to_dict
 from senseflow.data.batches import EmbeddedData
@@ -42,9 +42,9 @@ from senseflow.profiling import Profiler
 from senseflow.resuming import check_config, is_best, read_state, resumed, roll_back
 from senseflow.saving import Saver
 from senseflow.shipping import looking, ship, skeleton_of
-from senseflow.steps import Parts, encoded, phased, text_vector
+from senseflow.steps import Parts, encoded, keep_reference, phased, text_vector
 from senseflow.updates import Updates, drift
-from senseflow.watch import Stop, Watchdog, say_alone
+from senseflow.watch import INTERRUPTED, Stop, Watchdog, say_alone
 
 CURVE_POINTS = 32  # sigmas at which xi(t) is measured for isg.midpoint = adaptive
 
@@ -119,6 +119,7 @@ def build(cfg: Config, device: torch.device, world: World | None = None) -> tupl
         sigmas = torch.linspace(1 / CURVE_POINTS, 1, CURVE_POINTS)
         parts.curve = measure_error_curve(adapter, teacher, batch.latents, batch.cond, noise, sigmas)
         parts.curve = ErrorCurve(parts.curve.sigmas, world.mean(parts.curve.xi))
+    keep_reference(parts, cfg, data)
     return parts, data
 
 
@@ -221,7 +222,7 @@ def run(args: Arguments, world: World) -> int:
 
     monitors = fresh(before)
     if before:
-        log.say(resumed(before["path"], world))
+        log.say(resumed(before["path"], world, before["config"], cfg))
     ring = MetricRing()
     profiler = Profiler(args.profile and world.main, out, total, cfg.train.gen_every, DTYPES[cfg.model.dtype])
     if args.profile:
@@ -255,9 +256,9 @@ def run(args: Arguments, world: World) -> int:
         for warning in monitors.check(rows):
             log.warn(warning)
 
-    done, scores = first, {}
+    done, status, scores = first, 0, {}  # a run that was saved at its end has only its table left
     with (
-        Stop() as stop, log, closing(data), senseflow_kernels.strict(cfg.kernels.strict),
+        Stop(world.main) as stop, log, closing(data), senseflow_kernels.strict(cfg.kernels.strict),
         Watchdog(world, cfg.dist.stuck, say_alone) as dog,
     ):  # fmt: skip
         if first == 0 and not args.profile:
@@ -308,7 +309,7 @@ def run(args: Arguments, world: World) -> int:
         saver.wait()
         world.barrier()  # a rank that has ended makes torchrun or Slurm end the others, which may not be done
         if status:
-            log.say(f"stopped at iteration {done} and saved: go on with --resume --out {out}")
+            log.say(f"stopped at iteration {done} and saved: go on with the same command and --resume")
             return int(status)
         if args.profile:
             if world.main:
@@ -333,7 +334,7 @@ def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: P
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     log.say(
         f"student: {out / 'student'}; pictures: {out / 'grids'}; try\n"
-        f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps 4'
+        f'  python -m senseflow.sample --student {out} --prompts "red apple" --steps {len(parts.anchors)}'
     )
 
 
@@ -341,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, runs, and turns bad input into one line on stderr and exit status 2."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
-        return train(args)
+        with extra_named():
+            return train(args)
     except torch.OutOfMemoryError as error:
         print(
             f"senseflow.train: {str(error).partition('. ')[0]}: --dry-run prints what holds the memory, and the flags "
@@ -351,6 +353,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, senseflow_kernels.Unavailable) as error:
         print(f"senseflow.train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say_alone("ended at once; --resume goes on from the last checkpoint, if there is one")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -19,10 +20,11 @@ SIGNALS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: RESUMABLE, signal.SIGUSR1
 
 class Stop:
     """Ctrl-C, SIGTERM and SIGUSR1 (preemption) ask the run to save and end after the iteration in progress; a second
-    Ctrl-C ends it at once. status: the exit status asked for, 0 while none is."""
+    Ctrl-C ends it at once. status: the exit status asked for, 0 while none is. say: a line tells that it was heard, as
+    an evaluation in progress may take minutes."""
 
-    def __init__(self) -> None:
-        self.status = 0
+    def __init__(self, say: bool = False) -> None:
+        self.status, self.say = 0, say
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -37,6 +39,8 @@ class Stop:
         if number == signal.SIGINT and self.status == INTERRUPTED:
             raise KeyboardInterrupt
         self.status = SIGNALS[signal.Signals(number)]
+        if self.say:  # a system call: a signal may come in the middle of a write to sys.stderr
+            os.write(2, b"\nstopping: saves after the iteration in progress; Ctrl-C again ends it at once\n")
 
 
 def say_alone(text: str) -> None:

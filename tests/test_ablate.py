@@ -1,19 +1,22 @@
 """The ablation: statistics against scipy, rows, one toy run of the core rows end to end, resumable, its report."""
 
+import fcntl
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats as scipy_stats
 from tiny_pipelines import embedded_teacher, few_pictures
 
-from senseflow import ablate
+from senseflow import ablate, checkpoint
 from senseflow.ablation.report import band, differences, read_records, table, write_report
 from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
 from senseflow.ablation.stats import holm, mean_and_half_width, paired
 from senseflow.cli import parse
-from senseflow.config import UserError
+from senseflow.config import UserError, to_dict
+from senseflow.logs import FATAL, Diverged
 
 
 def test_interval_and_paired_test_are_scipys():
@@ -70,11 +73,14 @@ def test_table_and_bands_from_records(tmp_path):
     for row, values in scores.items():
         for seed, kid in enumerate(values):
             status = "diverged: x" if (row, seed) == ("dmd2", 1) else "done"
-            (tmp_path / "runs" / f"{row}-{seed}.json").write_text(json.dumps(made_record(row, seed, kid, status)))
+            record = made_record(row, seed, kid, status)
+            if (row, seed) != ("dmd2", 0):
+                record["warnings"] = [f"iteration 9: {FATAL[1] if row == 'dmd2' else 'over 20 % of x0 is saturated'}"]
+            (tmp_path / "runs" / f"{row}-{seed}.json").write_text(json.dumps(record))
     records = read_records(tmp_path)
     columns, rows = table("core", records)
     by_title = {r[0]: dict(zip(columns, r, strict=True)) for r in rows}
-    assert by_title["DMD2"]["seeds"] == "3, 1 diverged"
+    assert by_title["DMD2"]["seeds"] == "3, 1 diverged" and by_title["DMD2"]["diverging"] == "2"
     assert by_title["DMD2"]["dithered KID x1000 minus full"].startswith("20.0 +- ")
     assert by_title["full without IDA"]["dithered KID x1000 minus full"] == "2.0"  # one seed: no interval, no p
     assert by_title["DMD2 +IDA"]["dithered KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
@@ -84,7 +90,89 @@ def test_table_and_bands_from_records(tmp_path):
     assert (x, mean) == ([0, 4], [50.0, 13.0]) and half[0] == 0
     assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
     page = write_report(tmp_path, ["core"]).read_text()
-    assert "20.0 +- " in page and "data:image/png;base64," in page and (tmp_path / "core.png").stat().st_size > 5000
+    assert (
+        "full, seed 0: iteration 9: over 20 % of x0 is saturated" in page
+        and "20.0 +- " in page
+        and "data:image/png;base64," in page
+        and (tmp_path / "core.png").stat().st_size > 5000
+    )
+
+
+def arguments(tmp_path, *words):
+    places = ["--out", str(tmp_path / "out"), "--records", str(tmp_path / "records")]
+    return ablate.build_parser().parse_args(["midpoint", "--updates", "2", "--evaluations", "1", *places, *words])
+
+
+def write_metrics(cfg, rows=()):
+    """What a run of the config leaves, without the run."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = rows or [{"iteration": 0, "eval/kid": 9.0}, {"iteration": cfg.train.iterations, "eval/kid": 3.0}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+def test_runs_are_shared_and_none_is_made_twice(tmp_path, capsys, monkeypatch):
+    """A run that another process is at is left to it; threads and places make no other run, all else does."""
+    args, made = arguments(tmp_path, "--seeds", "3", "3", "4"), []
+    reports = []
+    monkeypatch.setattr(ablate, "write_report", lambda folder, groups: reports.append((folder, groups)))
+
+    def start(run):
+        made.append((Path(run.config.out).parent.name, run.config.seed))
+        return write_metrics(run.config)
+
+    busy = tmp_path / "out" / "full" / ".seed4.lock"
+    busy.parent.mkdir(parents=True)
+    with busy.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert ablate.run_all(args, start) == 0
+    assert made == [("full", 3), ("midpoint-adaptive", 3), ("midpoint-adaptive", 4)]
+    assert "1 runs were being made by another process" in capsys.readouterr().out
+    other = arguments(tmp_path, "--seeds", "3", "4", "--set", "train.threads=1", "--set", "kernels.fuse=true")
+    assert ablate.run_all(other, start) == 0 and made[3:] == [("full", 4)]
+    file = tmp_path / "records" / "runs" / "full-seed3.json"
+    record = json.loads(file.read_text())
+    del record["same"]["train"]["warmup"]  # as of a version that did not have this setting yet
+    file.write_text(json.dumps(record))
+    assert ablate.run_all(args, start) == 0 and len(made) == 4
+    assert reports == [(tmp_path / "records", ["midpoint"])] * 4  # after every run
+    with pytest.raises(UserError, match=r"full-seed3.json is of other settings \(train.lr 3.6e-05, now 0.01\)"):
+        ablate.run_all(arguments(tmp_path, "--set", "train.lr=0.01", "--seeds", "3"), start)
+    for own in ("seed=1", "train.iterations=3", "train.minutes=1", "data.batch"):
+        with pytest.raises(UserError, match="allowed is FIELD=VALUE of senseflow"):
+            ablate.run_all(arguments(tmp_path, "--set", own), start)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="is no record of a run: remove it"):
+        read_records(tmp_path / "records")
+
+
+def test_a_divergence_is_recorded_and_a_stopped_run_is_held_to_its_settings(tmp_path):
+    args = arguments(tmp_path, "--seeds", "0")
+    row = rows_of(["midpoint"])[0]
+    cfg = ablate.settings_of(row, 0, args)
+    gaps = [{"iteration": i, "fake_real_gap": 1.0 if i < 20 else 40.0} for i in range(60)]
+    scores = [{"iteration": 0, "eval/kid": 9.0}, {"iteration": 5, "eval/kid": 7.0}, {"iteration": 5, "eval/kid": 8.0}]
+
+    def diverges(run):
+        write_metrics(run.config, [scores[0], *gaps[:6], *scores[1:], *gaps[6:], {"iteration": 60, "eval/kid": None}])
+        raise Diverged("student: 20 non-finite updates in a row at iteration 9: lower its learning rate; last good: x")
+
+    assert ablate.one_run(row, 0, cfg, args, diverges)
+    record = read_records(tmp_path / "records")["full"][0]
+    assert record["status"] == "diverged: student: 20 non-finite updates in a row at iteration 9"
+    assert record["curves"]["eval/kid"] == [[0.0, 9.0], [1.0, 8.0]] and record["final"]["eval/kid"] == 8.0
+    assert record["warnings"] == ["iteration 24: the fake-real gap is 10 times its first value"]
+    rows = [scores[0], {"iteration": cfg.train.iterations, "eval/kid": None}]
+    assert ablate.one_run(row, 0, cfg, args, lambda run: write_metrics(run.config, rows))
+    assert read_records(tmp_path / "records")["full"][0]["status"] == "diverged: the last scores are not finite"
+    with pytest.raises(UserError, match="no checkpoint"):  # of bad input nothing is recorded
+        ablate.one_run(row, 1, cfg, args, lambda run: (_ for _ in ()).throw(UserError("no checkpoint")))
+    was = to_dict(cfg)
+    was["train"]["lr"] = 1e-3
+    checkpoint.save(Path(cfg.out) / "checkpoints", 5, {"config": was}, 1)
+    with pytest.raises(UserError, match=r"holds a run of other settings \(train.lr 0.001, now 3.6e-05\)"):
+        ablate.one_run(row, 0, cfg, args, diverges)
 
 
 TOY = ["data.images=pictures", "eval.prompts=4", "eval.teacher_steps=1", "eval.grid=2", "data.batch=2",
@@ -138,5 +226,5 @@ def test_core_rows_on_a_toy_budget(tmp_path, monkeypatch, capsys):
     assert ablate.main(argv) == 0 and before == {f: f.stat().st_mtime_ns for f in before}
     assert "5 runs, 5 of them done already" in capsys.readouterr().out
     assert ablate.main([*argv, "isg.margin=20"]) == 2
-    assert "is of other settings (isg)" in capsys.readouterr().err
+    assert "is of other settings (isg.margin 50.0, now 20.0)" in capsys.readouterr().err
     assert torch.isfinite(torch.tensor(records["dmd2"][0]["final"]["eval/kid"]))

@@ -133,6 +133,10 @@ def test_ida_closed_form_and_adaptive_lambda():
         lam = adaptive.update(torch.tensor(2.0))
     assert 0.939 < lam < 0.942  # the gap doubled: twice the pull
     assert torch.equal(restored.update(torch.tensor(1.0)), torch.tensor(0.97))
+    for gap, expected in ((0.5, 0.985), (1e-3, 0.9925), (1e3, 0.88)):  # half the pull; 1/4 and 4 times it at the most
+        for _ in range(300):
+            lam = restored.update(torch.tensor(gap))
+        torch.testing.assert_close(lam, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
 def test_adaptive_lambda_survives_gaps_that_are_not_finite():

@@ -211,3 +211,43 @@ def test_the_table_in_the_data_docs_is_that_of_its_raw_file():
 
     raw = json.loads((harness.ROOT / "bench/results/data-cpu-intel-r-xeon-r-processor-2-80ghz.json").read_text())
     assert table(raw) in (harness.ROOT / "docs/data.md").read_text()
+
+
+def test_the_mixtures_score_and_optimizer_are_what_they_say():
+    """bench.mixture: the velocity is that of the density's own gradient; its Adam is torch's on clipped gradients."""
+    from bench import mixture
+
+    torch.manual_seed(0)
+    x, sigma = torch.randn(20, 2).double().requires_grad_(), torch.linspace(0.05, 1, 20).double()[:, None]
+    modes, var = (1 - sigma[:, None]) * mixture.MODES, ((1 - sigma) * mixture.STD) ** 2 + sigma**2
+    density = torch.logsumexp(-(x[:, None] - modes).square().sum(-1) / (2 * var), 1)
+    (score,) = torch.autograd.grad(density.sum(), x)
+    x0 = (x + sigma**2 * score) / (1 - sigma).clamp_min(1e-9)  # Tweedie
+    found = mixture.exact_velocity(x.detach(), sigma)
+    torch.testing.assert_close((x - sigma * found)[:-1], x0[:-1], rtol=1e-9, atol=1e-9)
+    nets = [[torch.randn(2, i, o) for i, o in ((3, 4), (1, 4), (4, 4), (1, 4), (4, 2), (1, 2))] for _ in range(2)]
+    mine, theirs = ([p.clone().requires_grad_() for p in nets[0]] for _ in range(2))
+    points, t = torch.randn(2, 5, 2), torch.rand(5, 1)
+    adam = mixture.Adam(mine, torch.tensor([1e-2, 1e-3]))
+    ours = [torch.optim.Adam([p], 1e-2) for p in theirs]  # the first network's rate
+    for _ in range(3):
+        adam.step(mixture.predict(mine, points, t).square().sum())
+        loss = mixture.predict(theirs, points, t).square().sum()
+        grads = torch.autograd.grad(loss, theirs)
+        norm = torch.stack([g[0].square().sum() for g in grads]).sum().sqrt()
+        assert norm > 1
+        for optimizer, p, g in zip(ours, theirs, grads, strict=True):
+            p.grad = g / norm
+            optimizer.step()
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p[0], q[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_mixtures_table(tmp_path):
+    """Means over seeds of the last share and of the lowest after the first quarter."""
+    from bench import mixture
+
+    paths = {0: [0.9, 0.1, 0.4, 0.8], 1: [0.9, 0.3, 0.2, 0.6]}
+    rows = [dict(seed=s, steps=4, fake_updates=2, ratio=1.0, lam=lam, inside=p, gap=1.0)
+            for s, p in paths.items() for lam in mixture.LAMBDAS]  # fmt: skip
+    assert mixture.lines(dict(rows=rows))[1] == [["4", "2", "1", "70 (15)", "70 (15)", "70 (15)"]]

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 
-from senseflow.cli import parse
+from senseflow.cli import TRAIN_EXTRA, extra_named, parse
 from senseflow.config import Config, UserError, from_dict, replace, settings, to_dict
 from senseflow.presets import PRESETS
 
@@ -113,6 +116,7 @@ def test_every_choice_is_closed():
         ({"disc": {"taps": []}}, "disc.taps = (): allowed is one or more different blocks, -1 to 39"),
         ({"disc": {"taps": [2, 2]}}, "disc.taps = (2, 2): allowed is one or more different blocks, -1 to 39"),
         ({"out": ""}, "out = '': allowed is the name of a folder"),
+        ({"eval": {"prompts": 1}}, "eval.prompts = 1: allowed is 0, all of them, or 2 or more"),
         ({"model": {"shift": 0}}, "model.shift = 0: allowed is above 0 with model.shift_kind = 'linear'"),
         ([], "config = []"),
     ],
@@ -171,6 +175,20 @@ def test_config_and_cli_need_the_standard_library_alone():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in result.stdout.split()} - {"senseflow"}
     assert loaded <= sys.stdlib_module_names | {"_distutils_hack"}, loaded - sys.stdlib_module_names
+
+
+def test_the_extra_named_is_that_of_pyproject():
+    """A package of the extra `train` that is missing is one line; another import that fails is not hidden."""
+    lines = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    names = [re.split("[<>=]", line)[0] for line in lines["project"]["optional-dependencies"]["train"]]
+    assert [{"Pillow": "PIL"}.get(n, n.replace("-", "_")) for n in names] == list(TRAIN_EXTRA)
+    with (
+        pytest.raises(UserError, match=r"package 'diffusers' is missing: run pip install -e '\.\[train\]'"),
+        extra_named(),
+    ):
+        raise ModuleNotFoundError("No module named 'diffusers.models'", name="diffusers.models")
+    with pytest.raises(ModuleNotFoundError, match="senseflow"), extra_named():
+        raise ModuleNotFoundError("No module named 'senseflow.x'", name="senseflow.x")
 
 
 def test_flags():

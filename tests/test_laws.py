@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from senseflow import steps
+from senseflow.algo.isg import ErrorCurve
+from senseflow.config import replace
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
 from senseflow.flow import DiffusionSchedule, FlowSchedule, add_noise, euler_step, omega, prediction_to_x0
@@ -47,10 +49,10 @@ def batch_of(n=N):
     return Batch(x, x, Condition(torch.zeros(n, 1, 1), torch.zeros(n, 1)), torch.arange(n))
 
 
-def drawn(preset, monkeypatch):
+def drawn(preset, monkeypatch, curve=None, **changes):
     """(config, schedule, what the losses get: sigma and guidance of L_DMD; guidance, t_mid, tau and tau_prev of L_ISG;
     sigma of the fake's loss)."""
-    cfg, seen = PRESETS[preset](), SimpleNamespace()
+    cfg, seen = replace(PRESETS[preset](), changes), SimpleNamespace()
 
     def dmd(adapter, x0, noise, sigma, cond, fake, teacher, guidance, uncond, **_):
         seen.sigma, seen.guidance = sigma, guidance
@@ -67,6 +69,7 @@ def drawn(preset, monkeypatch):
     monkeypatch.setattr(steps, "dmd_term", dmd)
     monkeypatch.setattr(steps, "isg_term", isg)
     parts = parts_of(cfg, predict)
+    parts.curve = curve
     batch = batch_of()
     anchors = torch.tensor([*parts.anchors, 0.0])
     index = torch.arange(N) % 4
@@ -129,6 +132,23 @@ def test_midpoints_keep_the_published_margin(preset, monkeypatch):
         slack = 1e-3 if preset == "sdxl" else 1e-6  # whole indices there
         assert (mid >= a - slack).all() and (mid <= b + slack).all()
         assert distance(mid, lambda t, a=a, b=b: (t - a[0]) / (b[0] - a[0])) < 2 * KS + 2 * slack  # a quarter of them
+
+
+@pytest.mark.parametrize("preset", ["sd35-large", "flux-dev"])
+def test_adaptive_midpoints_follow_the_curve_within_the_margin(preset, monkeypatch):
+    """xi = sigma: on a segment [a, b], its ends by the margin in its own space, the law (t^2 - a^2) / (b^2 - a^2)."""
+    margin, space = PUBLISHED[preset][3]
+    grid = torch.linspace(0, 1, 65)
+    _, schedule, seen = drawn(preset, monkeypatch, ErrorCurve(grid, grid), **{"isg.midpoint": "adaptive"})
+    for k in range(4):
+        tau, prev, mid = (t[k::4].double() for t in (seen.tau, seen.prev, seen.mid))
+        if space == "index":
+            a, b = schedule.sigma(schedule.unshift(prev) + margin)[0], schedule.sigma(schedule.unshift(tau) - margin)[0]
+        else:
+            a, b = prev[0] + margin, tau[0] - margin
+        assert (mid > a - 1e-6).all() and (mid < b + 1e-6).all()
+        law = distance(mid, lambda t, a=a, b=b: ((t.square() - a.square()) / (b.square() - a.square())).clamp(0, 1))
+        assert law < 2 * KS  # a quarter of the draws
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

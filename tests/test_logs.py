@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,18 @@ def test_plain_lines_are_rare_but_the_last_is_there(tmp_path, capsys):
         for i in range(1, 41):
             log.metrics([{"iteration": i, "fake": 1.0}])
     assert capsys.readouterr().out == "iteration 40/40  fake 1.000  0.0 min left\n"
+
+
+def test_the_time_left_is_that_of_iterations_alone(tmp_path, monkeypatch, capsys):
+    """60 s of loading and of the first look, then 10 iterations of 3 s: 30 more take 1.5 minutes."""
+    now = [0.0]
+    monkeypatch.setattr("senseflow.logs.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with RunLog(tmp_path, False, True, 40) as log:
+        now[0] = 60.0
+        log.evaluation(0, {}, torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "0.png")
+        now[0] = 90.0
+        log.metrics([{"iteration": 10, "fake": 1.0}])
+    assert capsys.readouterr().out.splitlines()[-1] == "iteration 10/40  fake 1.000  1.5 min left"
 
 
 def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):

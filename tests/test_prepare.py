@@ -1,5 +1,6 @@
 """Caches: equal to the images they were made of, refused where they do not suit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -13,9 +14,12 @@ from senseflow.cli import parse
 from senseflow.config import UserError, to_dict
 from senseflow.data.cache import CHOICES, CacheReader, read_row
 from senseflow.data.samples import BadSample
+from senseflow.dist import World
+from senseflow.encoding import Options
+from senseflow.models.families import make_adapter
 from senseflow.prepare import main as prepare
 from senseflow.steps import encoded as with_latents
-from senseflow.train import build, iterate
+from senseflow.train import build, iterate, open_data
 from senseflow.updates import Updates
 
 pytest.importorskip("diffusers")
@@ -100,6 +104,22 @@ def test_training_from_the_cache_is_training_from_the_images(preset, teachers, p
         torch.testing.assert_close(b.cond.pooled, a.cond.pooled, rtol=1e-5, atol=1e-5)
         assert first == pytest.approx(second, rel=1e-3, abs=1e-5)
     assert len({tuple(batch.pixels.shape[2:]) for batch, _ in rows[0]}) == (3 if flags else 1)
+
+
+def test_the_two_commands_of_the_docs_give_the_embedded_family_its_pictures(pictures, tmp_path):
+    """`prepare --data pictures --out cache`, then `train --data cache`: the batches of `train --data pictures`."""
+    out, found = tmp_path / "cache", []
+    assert prepare(["--data", str(pictures), "--out", str(out)]) == 0
+    for source in (pictures, out):
+        cfg = parse(["--data", str(source)], "").config
+        data = open_data(cfg, make_adapter(cfg.model, CPU), torch.nn.Identity(), World(device=CPU))
+        found.append([data.batch(i, 4) for i in range(3)])
+        data.close()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.latents, b.latents) and torch.equal(a.items, b.items)
+        assert a.pixels.shape == (4, 3, 32, 32)
+        torch.testing.assert_close(b.cond.embeds, a.cond.embeds, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b.cond.pooled, a.cond.pooled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -315,11 +335,23 @@ def test_bad_samples_are_left_out_and_listed(teachers, tmp_path, capsys):
         (["--out", "x", "--data", "y", "--shard", "many"], "--shard 'many': allowed is a whole number"),
         (["--out", "x", "--data", "/nowhere"], "does not exist"),
         (["--out", "x", "--data", "y", "--data.crop", "random"], "a cache holds one crop"),
-        (["--out", "x", "--verify"], "is not finished"),
+        (["--out", "x", "--verify"], "--out x holds no cache: name the folder that senseflow.prepare made"),
+        (["--out", "unfinished", "--verify"], "cache unfinished is not finished"),
+        (["--out", "x", "--data", "unfinished"], "--data unfinished is a cache already: train with it"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "settings.json").write_text("{}")
     assert prepare(flags) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_help_names_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "[default 256]" in printed and "[a switch]" in printed
+    assert all(f"  --{field.name.replace('_', '-')} " in printed for field in dataclasses.fields(Options))

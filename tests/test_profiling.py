@@ -91,6 +91,33 @@ def test_flops_are_the_formula(tmp_path):
     assert found["whole cycle"]["gflop"] == 4.0
 
 
+def test_calls_within_a_phase_are_counted_and_timed_by_the_call(tmp_path, capsys):
+    """Two network calls in the cycle of FLOPs, four in that of times, as rollout lengths are drawn."""
+    prof, a, b = Profiler(True, tmp_path, 3, 1), torch.randn(64, 128), torch.randn(128, 32)
+    for calls in (2, 4, 1):
+        with prof.iteration(), prof.phase("rollout"):
+            for _ in range(calls):
+                prof.call()
+                time.sleep(0.002)
+                a @ b
+    prof.flops["rollout"] = [g * 10**9 // (2 * 64 * 128 * 32) for g in prof.flops["rollout"]]  # a GFLOP a call
+    found = table(prof.report())
+    assert found["rollout"]["times"] == 4 and found["rollout"]["gflop"] == 1.0
+    assert found["rollout"]["ms"] == pytest.approx(found["whole cycle"]["ms"] / 4, rel=0.1)
+    assert found["whole cycle"]["gflop"] == 4.0
+    assert found["rollout"]["launches"] == found["whole cycle"]["launches"] > 0
+    assert "without FLOPs" not in capsys.readouterr().out
+
+
+def test_a_phase_that_the_counting_cycle_lacks_is_named(tmp_path, capsys):
+    prof = Profiler(True, tmp_path, 3, 1)
+    for name in ("student", "rollout", "student"):
+        with prof.iteration(), prof.phase(name):
+            time.sleep(0.001)
+    prof.report()
+    assert "the cycle that counts them had none: rollout" in capsys.readouterr().out
+
+
 def events_of(path) -> list[dict]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt") as f:

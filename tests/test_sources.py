@@ -196,6 +196,10 @@ def test_tars_with_everything_bad(tmp_path):
     source = TarSource([str(whole)])
     assert [source.key(i).rpartition("/")[2] for i in range(len(source))] == ["a", "d", "f"]
     assert reasons(source) == {"no caption": 1, "no image": 1, "duplicate key": 2}
+    dotted = {"v2.jpg": jpeg(3), "v2.txt": b"webdataset's key is `photo`, and its member v2.jpg is no picture"}
+    source = TarSource([str(write_tar(folder / "dots" / "0.tar", [("f", good), ("photo", dotted), ("._f", good)]))])
+    assert len(source) == 1 and [(s.key.rpartition("/")[2], s.reason, s.detail) for s in source.dropped] == [
+        ("photo", "no image", "photo.v2.jpg: a name ends at its first dot")]  # fmt: skip
     data = write_tar(folder / "1.tar", [(f"{i}", good) for i in range(5)]).read_bytes()
     one = index_tar(str(folder / "1.tar"), text_members(())).members
     inside = int(one[3, 0, 0]) + 100  # in the fourth picture
@@ -293,7 +297,7 @@ def test_prompts_alone(tmp_path):
 
     (tmp_path / "p.txt").write_bytes(b"one\n\n two \n\xff\xfe\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": ["two", "three"]}\n{"other": 1}\nnot json\n')
-    (tmp_path / "p.json").write_text('["one", "two"]')
+    (tmp_path / "p.json").write_text('["one", {"caption": "two"}, 5, null]')
     pq.write_table(pa.table({"caption": ["one", None, "three"], "n": [1, 2, 3]}), tmp_path / "p.parquet")
     found = {}
     for kind in ("txt", "jsonl", "json", "parquet"):
@@ -302,7 +306,7 @@ def test_prompts_alone(tmp_path):
         found[kind] = [source.read(i).captions for i in range(len(source))], reasons(source)
     assert found["txt"] == ([("one",), ("two",)], {"caption is not UTF-8": 1})
     assert found["jsonl"] == ([("one",), ("two", "three")], {"no caption": 1, "JSON does not parse": 1})
-    assert found["json"] == ([("one",), ("two",)], {})
+    assert found["json"] == ([("one",), ("two",)], {"no caption": 2})
     assert found["parquet"] == ([("one",), ("three",)], {"no caption": 1})
 
 

@@ -1,7 +1,9 @@
 """The run end to end on a small random teacher: determinism, resume, bad input, student folder, profile."""
 
+import importlib
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,14 @@ import torch
 from tiny_pipelines import embedded_teacher
 
 from senseflow.checkpoint import load_latest
+from senseflow.config import UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
+from senseflow.evaluate import Look
 from senseflow.flow import FlowSchedule
+from senseflow.logs import RunLog
 from senseflow.train import iterate, main
+from senseflow.watch import Stop
 
 SMALL = [
     "--data.images",
@@ -145,6 +151,41 @@ def test_two_runs_are_identical_and_a_stopped_one_resumes_to_the_same_bits(run, 
 
     assert sample(["--student", str(a), "--prompts", "red apple", "cat", "--sampler", "euler"]) == 0
     assert len(list((a / "samples").glob("*.png"))) == 3
+
+
+class Unscored:
+    """An evaluator that draws and scores nothing, and has one row for the table."""
+
+    shown = torch.arange(1)
+    few_pictures = many_pictures = torch.zeros(1, 3, 8, 8)
+
+    def measure(self, net, anchors):
+        return Look(None, torch.zeros(1, 3, 8, 8))
+
+    def table(self, net, anchors, renoise):
+        return ["generator"], [["student"]]
+
+
+def test_a_ctrl_c_in_the_last_iteration_leaves_the_table_to_do(run, tmp_path, monkeypatch, capsys):
+    def interrupted(cfg, parts, updates, batch, iteration):
+        signal.raise_signal(signal.SIGINT)
+        return iterate(cfg, parts, updates, batch, iteration)
+
+    monkeypatch.setattr("senseflow.train.make_evaluator", lambda *_: Unscored())
+    flags = [tmp_path / "run", "--disc.kind", "none", "--model.steps", "2", "--train.iterations", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("senseflow.train.iterate", interrupted)
+        assert run(*flags) == 130
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "stopped at iteration 1 and saved: go on with the same command and --resume"
+    before = weights(tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert run(*flags, "--resume", "--train.lr", "1e-5") == 0
+    said = capsys.readouterr().out
+    assert "iteration 1, saved by 1 rank(s), now 1; train.lr was 3.6e-05 and is 1e-05\n" in said
+    assert said.splitlines()[-1].endswith('--prompts "red apple" --steps 2')
+    assert (tmp_path / "run" / "results.json").exists()
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "run").items())
 
 
 def test_where_omega_is_zero_nothing_is_lost_by_leaving_the_discriminator_out(run, tmp_path):
@@ -279,6 +320,7 @@ def test_bad_flags_are_one_line(capsys):
 def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache):
     monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
     assert "does not exist" in error(capsys, ["--teacher", str(tmp_path / "none")])
+    assert "model.side = 64: allowed is 32 with" in error(capsys, ["--model.side", "64"])
     (tmp_path / "t" / "transformer").mkdir(parents=True)
     assert "transformer/config.json" in error(capsys, ["--teacher", str(tmp_path / "t")])
     for file in (teacher / "transformer").iterdir():
@@ -294,10 +336,54 @@ def test_bad_folders_are_one_line(capsys, tmp_path, teacher, monkeypatch, cache)
     )
 
 
-def test_a_missing_package_names_the_install(capsys, monkeypatch, teacher):
+def test_a_missing_package_names_the_install(capsys, monkeypatch, teacher, tmp_path):
     import senseflow.data.emoji as emoji
 
     emoji.picture_files.cache_clear()
     monkeypatch.setattr(emoji, "find_spec", lambda name: None)
-    assert "pip install -e '.[train]'" in error(capsys, ["--teacher", str(teacher)])
+    pictures = ["--teacher", str(teacher), "--data.images", "pictures"]
+    assert "pip install -e '.[train]'" in error(capsys, pictures)
     emoji.picture_files.cache_clear()
+    with monkeypatch.context() as patch:  # as after `pip install -e .` alone
+        patch.setitem(sys.modules, "diffusers", None)
+        assert error(capsys, []) == "senseflow.train: package 'diffusers' is missing: run pip install -e '.[train]'"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UserError, match=r"tensorboard is missing: run pip install -e '\.\[train\]', or set False"):
+            RunLog(tmp_path, tensorboard=True, progress=False, total=1)
+
+
+COMMANDS = {
+    "prepare": ("prepare", ["--data", "x", "--out", "y"]), "sample": ("run", []), "evaluate": ("embedded_table", []),
+    "export": ("export", ["--student", "x", "--out", "y"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_the_missing_extra(name, capsys, monkeypatch):
+    command = importlib.import_module(f"senseflow.{name}")
+    body, argv = COMMANDS[name]
+
+    def without_the_extra(*_):
+        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+
+    monkeypatch.setattr(command, body, without_the_extra)
+    assert command.main(argv) == 2
+    wanted = f"senseflow.{name}: package 'safetensors' is missing: run pip install -e '.[train]'\n"
+    assert capsys.readouterr().err == wanted
+
+
+def test_ctrl_c_is_heard_at_once_and_a_second_one_is_a_line(capfd, monkeypatch):
+    with Stop(say=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.status == 130 and "saves after the iteration in progress" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("senseflow.train.train", interrupted)
+    assert main([]) == 130
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "--resume goes on from the last checkpoint" in lines[0]

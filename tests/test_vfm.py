@@ -180,10 +180,15 @@ def test_unreadable_dinov2_is_one_line(tmp_path):
     from safetensors.torch import save_file
 
     from senseflow.config import UserError
-    from senseflow.models.vfm import load_dinov2
+    from senseflow.models.vfm import find_dinov2, load_dinov2
 
     with pytest.raises(UserError, match=r"model.safetensors of DINOv2"):
         load_dinov2(tmp_path / "absent")
+    for folder in ("/absent", "./absent", "~/absent", "a/b/absent"):
+        with pytest.raises(UserError, match=r"absent does not exist: give a folder with a model.safetensors of DINOv2"):
+            find_dinov2(folder)
+    with pytest.raises(UserError, match=r"disc.backbone = 'no id/!' cannot be had \(Repo id must"):
+        find_dinov2("no id/!")
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"no readable DINOv2.*position_embeddings") as error:
         load_dinov2(tmp_path)

@@ -6,11 +6,14 @@ import base64
 import html
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from senseflow.ablation.rows import BASES, GROUPS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
+from senseflow.config import UserError
+from senseflow.logs import FATAL
 
 SCORES = [
     ("eval/kid_raw", "KID x1000", 1),
@@ -28,8 +31,10 @@ TESTED = "eval/kid"
 NOTE = (
     "Mean over seeds, with the 95 % confidence interval of the mean (Student's t). Difference: row minus base over "
     "common seeds, which share data order and noises; two-sided paired t-test, p after Holm's correction over the "
-    "group's rows. A row that diverged counts with its last score. The embedded teacher is small and memorises its few "
-    "hundred pictures: this shows how the terms act on one small problem, not that they do so at the paper's scale."
+    "group's rows. Diverging: runs of which a monitor said what `health.on_divergence stop` stops at. A row that "
+    "diverged counts with its last score. "
+    "The embedded teacher is small and memorises its few hundred pictures: this shows how the terms act on one small "
+    "problem, not that they do so at the paper's scale."
 )
 HEAD = """<!doctype html><meta charset='utf-8'><title>senseflow: ablation</title>
 <style>body{font:14px sans-serif;margin:2em} td,th{padding:2px 8px;text-align:right} img{max-width:100%}
@@ -39,11 +44,14 @@ Records = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> record
 
 
 def read_records(folder: Path) -> Records:
-    """All records under folder/runs."""
+    """All records under folder/runs. Raises UserError for a file that is none."""
     found: Records = {}
     for file in sorted((folder / "runs").glob("*.json")):
-        record = json.loads(file.read_text())
-        found.setdefault(record["row"], {})[record["seed"]] = record
+        try:
+            record = json.loads(file.read_text())
+            found.setdefault(record["row"], {})[record["seed"]] = record
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is no record of a run: remove it") from None
     return found
 
 
@@ -69,7 +77,7 @@ def differences(group: str, records: Records, score: str = TESTED) -> dict[str, 
 def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of a group; rows without a record yet have no cells."""
     title = dict((name, text) for name, text, _ in SCORES)[TESTED]
-    columns = ["row", "seeds", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
+    columns = ["row", "seeds", "diverging", *(text for _, text, _ in SCORES), f"best {title}", "fake-real gap", "drift",
                f"{title} minus {BASES[group]}", "p (Holm)"]  # fmt: skip
     apart, rows = differences(group, records), []
     for row in GROUPS[group]:
@@ -88,7 +96,7 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
         p = "-" if d is None or d.adjusted is None else f"{d.adjusted:.2g}" + (" *" if d.significant else "")
         diverged = sum(r["status"] != "done" for r in runs)
         seeds = str(len(runs)) + (f", {diverged} diverged" if diverged else "")
-        rows.append([row.title, seeds, *cells, gap, p])
+        rows.append([row.title, seeds, str(sum(map(diverging, runs))), *cells, gap, p])
     return columns, rows
 
 
@@ -125,21 +133,53 @@ def draw(group: str, records: Records, file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def diverging(record: dict[str, Any]) -> bool:
+    """Whether a run ended by itself, or a monitor said of it what a run does not come back from."""
+    fatal = (*FATAL, "not finite")
+    return record["status"] != "done" or any(text in line for line in record.get("warnings", []) for text in fatal)
+
+
+def said(group: str, records: Records) -> list[str]:
+    """What a group's monitors warned of, and how runs ended that did not end well."""
+    lines = []
+    for row in GROUPS[group]:
+        for seed, record in sorted(records.get(row.name, {}).items()):
+            texts = [*record.get("warnings", []), *([record["status"]] if record["status"] != "done" else [])]
+            lines += [f"{row.name}, seed {seed}: {text}" for text in texts]
+    return lines
+
+
+def replaced(file: Path, text: str) -> None:
+    """Writes a file at once, as another process may be writing it too."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def with_records(records: Records) -> list[str]:
+    """Groups that have a row of their own recorded: the base of one may belong to others too."""
+    return [group for group, rows in GROUPS.items() if any(r.name in records for r in rows if r.name != BASES[group])]
+
+
 def write_report(folder: Path, groups: list[str]) -> Path:
-    """FOLDER/report.html with GROUP.png and GROUP.md of each group. Returns the HTML file."""
+    """FOLDER/report.html with GROUP.png and GROUP.md of each of these groups and of those that have records. Returns
+    the HTML file."""
     records = read_records(folder)
     parts = [HEAD, f"<p>{html.escape(NOTE)}</p>"]
     folder.mkdir(parents=True, exist_ok=True)
-    for group in groups:
+    for group in [g for g in GROUPS if g in {*groups, *with_records(records)}]:
         columns, rows = table(group, records)
-        draw(group, records, folder / f"{group}.png")
+        png = folder / f".{group}.{os.getpid()}.png"
+        draw(group, records, png)
+        image = base64.b64encode(png.read_bytes()).decode()
+        os.replace(png, folder / f"{group}.png")
         lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]
-        (folder / f"{group}.md").write_text("\n".join(lines) + "\n")
+        replaced(folder / f"{group}.md", "\n".join(lines) + "\n")
         cells = [f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"
                  for tag, r in [("th", columns), *(("td", r) for r in rows)]]  # fmt: skip
-        image = base64.b64encode((folder / f"{group}.png").read_bytes()).decode()
         parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", f"<table>{''.join(cells)}</table>",
-                  f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>"]  # fmt: skip
+                  f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>",
+                  *(f"<br>{html.escape(line)}" for line in said(group, records))]  # fmt: skip
     file = folder / "report.html"
-    file.write_text("\n".join(parts) + "\n")
+    replaced(file, "\n".join(parts) + "\n")
     return file

@@ -26,10 +26,15 @@ def _direction(x: Tensor, old: Tensor) -> Tensor:
     return torch.where(norm > SPECTRAL_EPS, x / norm, old)
 
 
+def _ring(x: Tensor, dim: int) -> Tensor:
+    """x with its last slice before it and its first behind: circular padding by one, in one copy."""
+    return torch.cat([x.narrow(dim, x.shape[dim] - 1, 1), x, x.narrow(dim, 0, 1)], dim)
+
+
 class SpectralConv2d(nn.Conv2d):
     """Circular convolution whose weight, as a matrix [out, in*k*k], is divided by its 2-norm.
 
-    x [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)]; kernel 1 or 3. The norm is
+    x [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)]; kernel 1 (stride 1) or 3. The norm is
     estimated as u.W v with buffers u [out] and v [in*k*k], which `power_iteration` moves and which
     are saved.
     """
@@ -60,8 +65,9 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel_size[0] > 1:
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode="circular")
-        y = F.conv2d(input, self.weight, None, self.stride)
+            y = F.conv2d(_ring(_ring(input, -2), -1), self.weight, None, self.stride)
+        else:  # a matrix product over channels, which lie together in what a backbone gives
+            y = F.linear(input.movedim(1, -1), self.weight.flatten(1)).movedim(-1, 1)
         # The same as a divided weight, but autocast can keep one bf16 copy of the parameter itself.
         assert self.bias is not None
         return torch.addcmul(self.bias[:, None, None], y, 1 / self.spectral_norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from senseflow.data.emoji import EmojiSet, pick_variants, to_float
+from senseflow.data.emoji import EmojiSet, draw_variants, to_float
 from senseflow.models.adapter import Condition
+
+TOGETHER = 32  # pictures through the backbone at once
 
 
 @dataclass
@@ -20,8 +23,8 @@ class Batch:
 
     mean [B, C, H, W] and logvar, of the same shape or None (the mean itself is meant): the VAE's posterior where a
     cache holds it; latents are then still to be drawn (`steps.encoded`). encoded: latents are as they shall be.
-    reference: the backbone's taps of the pixels, [B, D, h, w] each, where a cache holds them. items: int64 [B], on the
-    host, which items of the source these are.
+    reference: the backbone's taps of the pixels, [B, D, h, w] each, where a cache or the data hold them. items: int64
+    [B], on the host, which items of the source these are.
     """
 
     latents: Tensor
@@ -85,6 +88,7 @@ class EmbeddedData:
         self.cond = cond.to(device)
         self.captions = variants.captions
         self.seed = seed
+        self.taps: list[Tensor] | None = None  # of every variant, [N * V, D, h, w] each, on the device
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -99,6 +103,19 @@ class EmbeddedData:
         """Any one prompt."""
         return self.cond.index(torch.zeros(1, dtype=torch.long))
 
+    @torch.no_grad()
+    def keep_taps(self, features: Callable[[Tensor], list[Tensor]], most: int) -> None:
+        """Batches carry `reference` from now on: what `features` makes of pixels [n, 3, H, W], made here once, the same
+        few pictures together in every run, so that a resumed one goes on with the same bits. Nothing is kept where all
+        of it would take more than `most` bytes."""
+        device, images = self.cond.embeds.device, self.images.flatten(0, 1)
+        made: list[list[Tensor]] = []
+        for part in images.split(TOGETHER):
+            made.append(features(to_float(on_device(part, device))))
+            if sum(tap[0].numel() * tap.element_size() for tap in made[0]) * len(images) > most:
+                return
+        self.taps = [torch.cat(tap) for tap in zip(*made, strict=True)]
+
     def batch(self, iteration: int, size: int) -> Batch:
         """This rank's rows of an iteration's batch of `size` samples, which carry the indices iteration * size + 0 ...
         size - 1."""
@@ -106,7 +123,13 @@ class EmbeddedData:
         rows = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
         device = self.cond.embeds.device
         index = shuffled_index(self.seed, first, size, len(self))
-        uint8 = pick_variants(self.images, index, self.seed * 15_485_863 + iteration)  # drawn for the whole batch
-        index, pixels = index[rows], to_float(on_device(uint8[rows], device))
+        count = self.images.shape[1]
+        drawn = draw_variants(count, len(index), self.seed * 15_485_863 + iteration)[rows]  # of the whole batch
+        index = index[rows]
+        pixels = to_float(on_device(self.images[index, drawn], device))
         samples = torch.arange(first, first + size, device=device)[rows]
-        return Batch(pixels, pixels, self.cond.index(on_device(index, device)), samples)
+        reference = None
+        if self.taps is not None:
+            which = on_device(index * count + drawn, device)
+            reference = [tap[which] for tap in self.taps]
+        return Batch(pixels, pixels, self.cond.index(on_device(index, device)), samples, reference=reference)

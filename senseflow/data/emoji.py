@@ -104,10 +104,14 @@ def load_variants(names: list[str] | None = None, canvas: int = 32) -> EmojiSet:
     return EmojiSet(torch.stack(placed, 1), plain.captions)
 
 
+def draw_variants(variants: int, count: int, seed: int) -> Tensor:
+    """int64 [count]: which of so many variants, drawn from `seed`."""
+    return torch.randint(variants, (count,), generator=torch.Generator().manual_seed(seed))
+
+
 def pick_variants(images: Tensor, index: Tensor, seed: int) -> Tensor:
     """uint8 [B, 3, H, W]: for pictures index int64 [B] of images [N, V, 3, H, W], a variant each, drawn from `seed`."""
-    drawn = torch.randint(images.shape[1], index.shape, generator=torch.Generator().manual_seed(seed))
-    return images[index, drawn]
+    return images[index, draw_variants(images.shape[1], len(index), seed)]
 
 
 def to_float(images: Tensor) -> Tensor:

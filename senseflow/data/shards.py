@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from senseflow.config import UserError
-from senseflow.data.cache import FORMAT, differing, read_json
+from senseflow.data.cache import FORMAT, differing, is_cache, read_json
 from senseflow.data.files import write_whole
 from senseflow.data.samples import Skip, Skipped
 
@@ -188,6 +188,8 @@ def finish(
 def verify(folder: Path) -> Counter[str]:
     """Rereads every file of a finished cache: {"good": n, "bad": n}; a bad one is named in a line. Raises UserError for
     a cache that is not finished."""
+    if not is_cache(str(folder)):
+        raise UserError(f"--out {folder} holds no cache: name the folder that senseflow.prepare made")
     if not (folder / "index.json").is_file():
         raise UserError(f"cache {folder} is not finished: run the same senseflow.prepare again, it goes on")
     counts = Counter(good=0, bad=0)

@@ -205,6 +205,15 @@ def _lines(path: str) -> Iterable[dict[str, Any] | BadSample]:
             yield error
 
 
+def _row_of(item: Any) -> dict[str, Any] | BadSample:
+    """An entry of a JSON list of prompts: a string, or an object with columns."""
+    if isinstance(item, dict):
+        return item
+    if isinstance(item, str):
+        return {"prompt": item}
+    return BadSample("no caption", f"a {type(item).__name__}")
+
+
 def _json_source(path: str, columns: Sequence[str]) -> Source:
     try:
         found = json.loads(decoded_text(read_range(path)))
@@ -215,7 +224,7 @@ def _json_source(path: str, columns: Sequence[str]) -> Source:
     prompts = found.get("prompts") if isinstance(found, dict) else found
     if not isinstance(prompts, list):
         raise UserError(f"data.path = {path!r}: allowed is {{'keys', 'image_paths', 'prompts'}} or a list of prompts")
-    return PromptSource(path, ({"prompt": p} if isinstance(p, str) else p for p in prompts), columns)
+    return PromptSource(path, map(_row_of, prompts), columns)
 
 
 def _tar_source(path: str, tars: list[str], columns: Sequence[str]) -> TarSource:

@@ -23,7 +23,7 @@ from senseflow.data.packages import cache_folder
 from senseflow.data.samples import BadSample, Record, Skip, captions_of, decoded_json, decoded_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif")
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 @dataclass
@@ -52,6 +52,7 @@ class _Builder:
         self.dropped: list[tuple[str, str, str]] = []
         self.seen: set[str] = set()
         self.key, self.row, self.fault = "", self._empty(), ""
+        self.other = ""  # an image of this sample under a name that is not looked for
 
     def _empty(self) -> list[tuple[int, int]]:
         return [(0, -1)] * (1 + len(self.texts))
@@ -65,6 +66,8 @@ class _Builder:
             self.key = key
         column = 0 if ext in IMAGES else 1 + self.texts.index(ext) if ext in self.texts else None
         if column is None:
+            if stem and ext.rpartition(".")[2] in IMAGES:
+                self.other = name
             return
         if self.row[column][1] >= 0:
             self.fault = self.fault or "duplicate key"
@@ -74,9 +77,9 @@ class _Builder:
 
     def close(self) -> None:
         """The sample in progress is over."""
-        key, row, fault = self.key, self.row, self.fault
-        self.key, self.row, self.fault = "", self._empty(), ""
-        if not key or all(size < 0 for _, size in row):
+        key, row, fault, other = self.key, self.row, self.fault, self.other
+        self.key, self.row, self.fault, self.other = "", self._empty(), "", ""
+        if not key or (all(size < 0 for _, size in row) and not other):
             return
         if key in self.seen:
             fault = fault or "duplicate key"
@@ -86,7 +89,8 @@ class _Builder:
             fault = fault or "no caption"
         if fault:
             copy = f"{key}#{len(self.dropped)}" if fault == "duplicate key" else key
-            self.dropped.append((copy, fault, "" if copy == key else f"{key} again"))
+            detail = f"{other}: a name ends at its first dot" if fault == "no image" and other else ""
+            self.dropped.append((copy, fault, detail if copy == key else f"{key} again"))
         else:
             self.keys.append(key)
             self.rows.append(row)

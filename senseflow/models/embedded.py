@@ -18,6 +18,7 @@ from senseflow.models.adapter import Condition, cast, middle_tokens
 from senseflow.models.text import TEXT_LENGTH, embed_prompts, load_encoder
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "teacher"
+SIDE = 32  # pixels of its pictures
 
 
 def teacher_folder(path: str) -> Path:
@@ -94,9 +95,9 @@ class EmbeddedAdapter:
         self.folder = folder
         self.schedule = FlowSchedule(shift=shift, kind=kind)
         self.vae = vae
-        self.latent_shape: tuple[int, ...] = (3, 32, 32)
+        self.latent_shape: tuple[int, ...] = (3, SIDE, SIDE)
         if vae is not None:
-            side = 32 // autoencoder.downsampling(vae)
+            side = SIDE // autoencoder.downsampling(vae)
             self.latent_shape = (vae.config.latent_channels, side, side)
         self.device = torch.device(device)
 

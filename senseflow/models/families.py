@@ -11,7 +11,7 @@ from torch import nn
 
 import senseflow_kernels
 from senseflow.config import Config, Kernels, Model, UserError
-from senseflow.models.embedded import EmbeddedAdapter, load_vae, teacher_folder
+from senseflow.models.embedded import SIDE, EmbeddedAdapter, load_vae, teacher_folder
 from senseflow.models.fp8 import to_fp8
 from senseflow.models.lora import lora_pair
 from senseflow.models.recompute import checkpoint_blocks
@@ -21,6 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _embedded(model: Model, source: str, device: torch.device) -> Any:
+    if model.side != SIDE:
+        raise UserError(f"model.side = {model.side}: allowed is {SIDE} with model.family = 'embedded'")
     folder = teacher_folder(source)
     return EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(folder, device), folder)
 
@@ -107,7 +109,9 @@ def fuse_networks(kernels: Kernels, family: str, device: torch.device, *networks
     Weights, state dict, class and config stay diffusers' own, so saving, copying and resuming do not notice.
     Raises UserError for kernels.attention where nothing heeds it, and for a diffusers that `fuse_mmdit` does not know.
     """
-    wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and senseflow_kernels.is_available(device))
+    # In torch's own operators the fused form is fewer of them: for what trains on a CPU. The others are tests there.
+    helps = senseflow_kernels.is_available(device) or (family == "embedded" and device.type == "cpu")
+    wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and helps)
     if family not in FUSED or not wanted:
         if kernels.attention != "auto":
             why = f"kernels.fuse = {kernels.fuse!r} on {device.type}" if family in FUSED else f"family {family!r}"

@@ -108,7 +108,7 @@ def _inject(net: nn.Module, names: list[str], lora: Lora) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("model.variant = 'lora' needs the package peft: pip install peft") from None
+        raise UserError("model.variant = 'lora' needs the package peft: run pip install -e '.[train]'") from None
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names, lora_dropout=0.0)  # type: ignore[arg-type]
     inject_adapter_in_model(config, net, NAME)
     for _, layer in layers(net):

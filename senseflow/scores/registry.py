@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from senseflow.config import UserError, near
+from senseflow.config import UserError
 from senseflow.metrics import frechet_distance, kid, standard_scale
 from senseflow.scores.clip import Clip, Hps, PickScore
 from senseflow.scores.embedded import Lite0
 from senseflow.scores.image_reward import ImageReward
 from senseflow.scores.inception import Inception
 from senseflow.scores.perceptual import LpipsDiversity
+from senseflow.section import near
 
 Against = Literal["", "teacher", "real"]
 Make = Callable[[dict[str, str], torch.device], Any]  # (--weights, device) -> pictures, prompts -> rows; .about
