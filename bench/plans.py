@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
     os.environ["COLUMNS"] = "120"
     for name in args.names or PLANS:
         text = section(name)
-        print(text, flush=True)
         if args.write:
             args.write.write_text(written(args.write.read_text(), {name: text}))
+        print(text, flush=True)
     return 0
 
 

@@ -263,6 +263,8 @@ def run(args: Arguments, world: World) -> int:
     ):  # fmt: skip
         if first == 0 and not args.profile:
             look(0)
+        if before and first >= total:  # it may have ended between its last checkpoint and the student's files
+            ship(cfg, parts, updates, out)
         iteration, rollbacks = first, cfg.health.rollbacks
         while iteration < total:
             dog.beat(f"data of iteration {iteration + 1}")

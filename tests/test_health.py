@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import ranks
 import torch
 from ranks import launch, start
+from safetensors.torch import load_file
 from tiny_pipelines import embedded_teacher
 
 from senseflow import checkpoint, iteration
@@ -62,6 +64,14 @@ def test_a_signal_saves_and_the_rest_is_the_same_bits(number, status, whole, tea
     assert same(out, whole)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "fake" in row] == list(range(1, 9))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_student_is_finished(whole, teacher, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(out / "student")
+    assert ranks.main(teacher, out, "--resume") == 0
+    a, b = (load_file(run / "student/transformer/diffusion_pytorch_model.safetensors") for run in (out, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def diverging(times: int):
