@@ -96,12 +96,14 @@ class Monitors:
     A metric is judged by its mean over the last WINDOW rows that have it, as single rows of a small
     batch say little; "first" is the first full window of this process.
     max_nonfinite: non-finite updates of one network in a row that stop the run. strict: what a run does not come back
-    from does too. Set `last_good` to the newest checkpoint's path, for that message.
+    from does too. last_good: the newest checkpoint's path, or what gives it, asked for that message alone.
     """
 
     WINDOW = 20
 
-    def __init__(self, max_nonfinite: int, last_good: Path | str | None = None, strict: bool = False):
+    def __init__(
+        self, max_nonfinite: int, last_good: Callable[[], Path | None] | str | None = None, strict: bool = False
+    ):
         self.max_nonfinite, self.strict = max_nonfinite, strict
         self.last_good = last_good
         self.skipped: dict[str, int] = defaultdict(int)  # non-finite updates so far, by network
@@ -158,7 +160,8 @@ class Monitors:
         return found
 
     def _good(self) -> str:
-        return f"; last good checkpoint: {self.last_good}" if self.last_good else ""
+        path = self.last_good() if callable(self.last_good) else self.last_good
+        return f"; last good checkpoint: {path}" if path else ""
 
     def _judge(self, row: Row) -> list[str]:
         found = self._judged(row)

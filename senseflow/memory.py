@@ -128,6 +128,9 @@ class Ledger(TorchDispatchMode):
     def moves(self, name: str, count: float) -> None:
         """What a profiler is told of traffic is nothing to a ledger."""
 
+    def call(self) -> None:
+        """Nor is a network call within a phase."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _on_meta(func, args, kwargs or {})
         self._count(out)

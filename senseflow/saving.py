@@ -151,6 +151,12 @@ class Saver:
     def failed(self) -> bool:
         return self.failure is not None
 
+    def settled(self) -> Path | None:
+        """The newest whole checkpoint, the one that is being written included if it becomes one."""
+        if self.thread is not None:
+            self.thread.join()
+        return self.last
+
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole. Raises what it failed by."""
         if self.thread is not None:

