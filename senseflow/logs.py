@@ -96,13 +96,13 @@ class Monitors:
     A metric is judged by its mean over the last WINDOW rows that have it, as single rows of a small
     batch say little; "first" is the first full window of this process.
     max_nonfinite: non-finite updates of one network in a row that stop the run. strict: what a run does not come back
-    from does too. last_good: the newest checkpoint's path, or what gives it, asked for that message alone.
+    from does too. last_good: gives the newest checkpoint's path, asked for that message alone.
     """
 
     WINDOW = 20
 
     def __init__(
-        self, max_nonfinite: int, last_good: Callable[[], Path | None] | str | None = None, strict: bool = False
+        self, max_nonfinite: int, last_good: Callable[[], Path | str | None] = lambda: None, strict: bool = False
     ):
         self.max_nonfinite, self.strict = max_nonfinite, strict
         self.last_good = last_good
@@ -160,7 +160,7 @@ class Monitors:
         return found
 
     def _good(self) -> str:
-        path = self.last_good() if callable(self.last_good) else self.last_good
+        path = self.last_good()
         return f"; last good checkpoint: {path}" if path else ""
 
     def _judge(self, row: Row) -> list[str]:

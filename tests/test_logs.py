@@ -252,7 +252,7 @@ def test_monitor_ignores_one_odd_row():
 
 def test_nonfinite_updates_are_counted_and_stop_the_run():
     """In a row means of one network; rows without that network's update do not break it."""
-    monitors = Monitors(3, last_good="runs/a/step-00000010")
+    monitors = Monitors(3, last_good=lambda: "runs/a/step-00000010")
     rows: list[dict] = []
     for i in range(4):
         rows.append({"iteration": i, "student_skipped": float(i != 1), "fake_skipped": 0.0})
