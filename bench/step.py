@@ -44,6 +44,7 @@ from senseflow.config import UserError
 from senseflow.graphs import Replayed
 from senseflow.logs import print_table
 from senseflow.models.families import FUSED, fuse_networks
+from senseflow.models.vae import decode_in
 from senseflow.steps import Parts, encoded
 from senseflow.train import build, iterate
 from senseflow.updates import Updates
@@ -167,8 +168,10 @@ def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, C
                 own = replace(own, disc=replace(own.disc, **{field: False}))
         mine, counts = mine_of(own)
         if name.endswith("decode bf16"):
-            mine.adapter.adapter = copy.copy(mine.adapter.adapter)  # type: ignore[attr-defined]
-            mine.adapter.adapter.decode_dtype = torch.bfloat16  # type: ignore[attr-defined]
+            own_vae: Any = copy.copy(mine.adapter.adapter)  # type: ignore[attr-defined]
+            own_vae.vae = copy.deepcopy(own_vae.vae)
+            decode_in(own_vae.vae, torch.bfloat16)
+            mine.adapter.adapter = own_vae  # type: ignore[attr-defined]
         if switches is not None:
             made[name] = ReleasedLoop(own, mine, switches).iterate, counts
         elif name == "modelopt":
@@ -299,6 +302,7 @@ def main(argv: list[str]) -> int:
     mine, rest = own.parse_known_args(argv)
     try:
         cfg = parse([*rest, *(["--teacher", "random"] if mine.random else [])], __doc__ or "").config
+        cfg = replace(cfg, model=replace(cfg.model, decode="fp32"))  # as published; in bf16 is a row of its own
         if cfg.train.threads > 0:
             torch.set_num_threads(cfg.train.threads)
         device, source = torch.device("cuda" if torch.cuda.is_available() else "cpu"), nullcontext()

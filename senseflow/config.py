@@ -237,6 +237,7 @@ class Disc(Section):
     downsample: int = doc("stride-2 convolutions of a head", 1)
     augment: bool = doc("DiffAugment on x (never on r)", True)
     d_weight: float = doc("weight of DMD2's classifier loss", 0.01)
+    moments: Literal["fp32", "8bit"] = doc("storage of Adam's moments of the heads", "fp32")
     checkpointing: bool = doc(
         "the generator's backward makes activations of the VAE's decoder and of the backbone again, layer by layer",
         False,
@@ -374,8 +375,8 @@ class Config(Section):
         super().__post_init__()
         if not self.out:
             raise UserError("out = '': allowed is the name of a folder")
-        for name, plain in (("train.precision", "fp32"), ("train.moments", "fp32"), ("optim.in_backward", False),
-                            ("optim.host", False)):  # fmt: skip
+        for name, plain in (("train.precision", "fp32"), ("train.moments", "fp32"), ("disc.moments", "fp32"),
+                            ("optim.in_backward", False), ("optim.host", False)):  # fmt: skip
             section, _, leaf = name.partition(".")
             value = getattr(getattr(self, section), leaf)
             if self.optim.name != "senseflow" and value != plain:

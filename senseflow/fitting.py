@@ -16,8 +16,10 @@ from senseflow.planning import Plan, Planner
 SWITCHES: tuple[tuple[str, tuple[Any, ...], float], ...] = (
     ("disc.checkpointing", (False, True), 1.0),
     ("model.checkpointing", ("none", "selective", "full"), 1.1),
+    ("model.decode", ("fp32", "bf16"), 1.2),
     ("optim.in_backward", (False, True), 1.3),
     ("train.moments", ("fp32", "8bit"), 1.5),
+    ("disc.moments", ("fp32", "8bit"), 1.6),
     ("model.teacher_dtype", ("model", "fp8"), 1.7),
     ("train.precision", ("fp32", "split", "stochastic"), 2.0),
     ("optim.host", (False, True), 3.0),

@@ -34,8 +34,8 @@ def make_optimizer(
     cfg: Config, params: Sequence[Tensor], lr: float, *, heads: bool = False, phi: Any = None,
     ema: Sequence[Tensor] | None = None, seed: int = 0,
 ) -> Any:  # fmt: skip
-    """The optimizer of a network by optim.name, with train's numbers. heads: of the discriminator, small: exact fp32 on
-    the device.
+    """The optimizer of a network by optim.name, with train's numbers. heads: of the discriminator: fp32 weights on the
+    device, disc.moments.
 
     phi: the optimizer of the network that follows params by IDA, ema: fp32 tensors that do; of "senseflow" alone,
     whose step moves both. seed: of its random roundings. Raises UserError where a package does not run.
@@ -45,7 +45,7 @@ def make_optimizer(
     if name == "torch":
         return make_adamw(params, **numbers)
     if name == "senseflow" and heads:
-        return AdamW(params, precision="fp32", **numbers)
+        return AdamW(params, precision="fp32", moments=MOMENTS[cfg.disc.moments], **numbers)
     if name == "senseflow":
         # a LoRA's weights are fp32 whatever its base is kept in
         precision = "fp32" if all(p.dtype == torch.float32 for p in params) else t.precision

@@ -310,8 +310,9 @@ class Plan:
         return self.total <= self.target.bytes
 
 
-# Switches that change neither a network's tensors nor its optimizer's.
+# Switches that change neither a network's tensors nor its optimizer's; and those that an iteration does not notice.
 PLAIN = {"model.checkpointing": "none", "disc.checkpointing": False, "optim.in_backward": False}
+UNSEEN = {"model.teacher_dtype": "model", "disc.moments": "fp32"}  # fp8: a layer made wider at a time weighs little
 
 
 class Planner:
@@ -342,11 +343,12 @@ class Planner:
     def stays(self, cfg: Config) -> list[Row]:
         """Rows that are there from the start to the end."""
         cfg = replace(cfg, PLAIN)
-        parts, ranks = self.parts(replace(cfg, {"model.teacher_dtype": "model"})), self.target.ranks
-        key = (cfg.train.precision, cfg.train.moments, cfg.optim, cfg.ema)
+        parts, ranks = self.parts(replace(cfg, UNSEEN)), self.target.ranks
+        key = (cfg.train.precision, cfg.train.moments, cfg.disc.moments, cfg.optim, cfg.ema)
         if key not in self._states:
             self._states[key] = optimizer_rows(cfg, parts, ranks)
-        rows = [*weight_rows(cfg, self.parts(cfg), ranks), *self._states[key], communication_row(cfg, parts, ranks)]
+        own = self.parts(replace(cfg, {"disc.moments": "fp32"}))
+        rows = [*weight_rows(cfg, own, ranks), *self._states[key], communication_row(cfg, parts, ranks)]
         if self.text and not cached(cfg):
             rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
         return rows
@@ -357,11 +359,11 @@ class Planner:
         size = sum(r.device for r in self.stays(cfg))
         if cfg.optim.in_backward:
             return size
-        parts = self.parts(replace(cfg, PLAIN | {"model.teacher_dtype": "model"}))
+        parts = self.parts(replace(cfg, PLAIN | UNSEEN))
         return size + nbytes(trainable(parts.student)) / shards(cfg, self.target.ranks)
 
     def ledger(self, cfg: Config) -> Ledger:
-        cfg = replace(cfg, {"model.teacher_dtype": "model"})  # of little weight here: a layer made wider at a time
+        cfg = replace(cfg, UNSEEN)
         key = (cfg.model, cfg.disc, cfg.train.precision == "fp32")
         if key not in self._ledgers:
             with self._device():

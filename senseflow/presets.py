@@ -9,7 +9,7 @@ from typing import Any
 from senseflow.config import Config, Data, Disc, Dmd, Ema, Eval, Fake, Ida, Isg, Model, Rollout, Train
 
 # 1024 px, bf16 arithmetic (paper.md 4). Decoding in bf16 is ours; in fp32, as released: --model.decode fp32
-REAL: Any = dict(side=1024, dtype="bf16")
+REAL: Any = dict(side=1024, dtype="bf16", decode="bf16")
 # the weights of timm's vit_large_patch14_dinov2.lvd142m (paper.md 1.5); the paper's ablation prefers ViT-B for FID:
 # --disc.backbone facebook/dinov2-base --disc.taps=-1,2,5,8,10,11
 VIT_L = "facebook/dinov2-large"

@@ -37,7 +37,7 @@ from senseflow.models.embedded import teacher_folder
 from senseflow.models.families import DTYPES, make_adapter, make_networks
 from senseflow.models.identity import identity
 from senseflow.models.recompute import recompute_decoder, recomputed
-from senseflow.models.vfm import find_dinov2
+from senseflow.models.vfm import cast_once, find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.resuming import check_config, is_best, read_state, resumed, roll_back
 from senseflow.saving import Saver
@@ -59,6 +59,7 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
             width = adapter.features(fake, x, torch.ones(1, device=device), cond).shape[2]
         return FakeFeatureDiscriminator(width).to(device), None
     vfm = find_dinov2(cfg.disc.backbone, device)
+    cast_once(vfm, DTYPES[cfg.model.dtype])
     if cfg.disc.checkpointing:
         recomputed(vfm.blocks)
         recompute_decoder(adapter.vae)

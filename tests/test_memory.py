@@ -102,7 +102,7 @@ def test_bytes_of_the_fullest_rank():
 
 STORAGE = {
     "fp32": [], "split": ["--model.dtype=bf16", "--train.precision=split"],
-    "8bit": ["--model.dtype=bf16", "--train.precision=stochastic", "--train.moments=8bit"],
+    "8bit": ["--model.dtype=bf16", "--train.precision=stochastic", "--train.moments=8bit", "--disc.moments=8bit"],
     "lora": ["--model.variant=lora", "--lora.rank=4"],
 }  # fmt: skip
 

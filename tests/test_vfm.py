@@ -66,6 +66,26 @@ def test_dinov2_matches_onnxruntime(dino, size):
 
 
 @needs_dino
+def test_weights_cast_once_give_what_autocast_gives():
+    """Bit for bit, gradients of the pixels too; half of the weights' bytes are gone, norms and positions stay fp32."""
+    from senseflow.models.vfm import cast_once, load_dinov2_small
+
+    def taps_and_gradient(net):
+        x = picture(84).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            taps = net.features(x, (-1, 2, 11), 84)
+        sum(t.float().square().sum() for t in taps).backward()
+        return [t.detach() for t in taps] + [x.grad]
+
+    net = load_dinov2_small()
+    before, size = taps_and_gradient(net), sum(p.nbytes for p in net.parameters())
+    cast_once(net, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(before, taps_and_gradient(net), strict=True))
+    assert sum(p.nbytes for p in net.parameters()) < 0.53 * size
+    assert net.position.dtype == net.blocks[0].norm1.weight.dtype == torch.float32
+
+
+@needs_dino
 def test_dinov2_taps_come_in_the_order_asked_for(dino):
     x = picture(56)
     both = dino.features(x, (8, -1), 56)

@@ -86,7 +86,6 @@ class EmbeddedAdapter:
 
     parameterization: str = "flow"
     network = "transformer"
-    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, shift: float = 3.0, kind: Any = "linear", device: str = "cpu", vae: Any = None,
@@ -145,7 +144,7 @@ class EmbeddedAdapter:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, 32, 32], nominally in [-1, 1], differentiable in the latents."""
-        return autoencoder.decode(self.vae, latents, self.decode_dtype)
+        return autoencoder.decode(self.vae, latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Token embeddings fp32 [N, 16, 384] and their mean fp32 [N, 384]."""

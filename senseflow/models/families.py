@@ -15,6 +15,7 @@ from senseflow.models.embedded import SIDE, EmbeddedAdapter, load_vae, teacher_f
 from senseflow.models.fp8 import to_fp8
 from senseflow.models.lora import lora_pair
 from senseflow.models.recompute import checkpoint_blocks
+from senseflow.models.vae import decode_in
 from senseflow_kernels import fuse_mmdit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +75,7 @@ def make_adapter(model: Model, device: torch.device, source: str | Path = "") ->
             f"model.teacher = '': family {model.family!r} needs a diffusers folder or a hub id: --teacher PATH"
         )
     adapter = FAMILIES[model.family](model, where, device)
-    adapter.decode_dtype = DTYPES[model.decode]
+    decode_in(adapter.vae, DTYPES[model.decode])
     return adapter
 
 

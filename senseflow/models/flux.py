@@ -40,7 +40,6 @@ class FluxAdapter:
 
     parameterization = "flow"
     network = "transformer"
-    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, shift: float = 1.15, text_length: int = 512,
@@ -151,7 +150,7 @@ class FluxAdapter:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents, self.decode_dtype)
+        return autoencoder.decode(self.vae, latents)
 
     @cached_property
     def text(self) -> Any:

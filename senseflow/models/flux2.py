@@ -87,7 +87,6 @@ class Flux2Adapter:
 
     parameterization = "flow"
     network = "transformer"
-    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, shift: float = 2.29118, text_length: int = 512,
@@ -146,7 +145,7 @@ class Flux2Adapter:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents, self.decode_dtype)
+        return autoencoder.decode(self.vae, latents)
 
     @cached_property
     def text(self) -> Any:

@@ -26,7 +26,6 @@ class SD3Adapter:
 
     parameterization = "flow"
     network = "transformer"
-    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, shift: float = 3.0, text_length: int = 256,
@@ -81,7 +80,7 @@ class SD3Adapter:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents, self.decode_dtype)
+        return autoencoder.decode(self.vae, latents)
 
     @cached_property
     def text(self) -> Any:

