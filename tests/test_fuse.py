@@ -123,10 +123,12 @@ def test_auto_follows_the_kernels(monkeypatch):
     assert families.fuse_networks(Kernels(attention="cudnn"), "embedded", cuda, net)
     assert not families.fuse_networks(Kernels(), "flux", torch.device("cpu"), net)
     assert families.fuse_networks(Kernels(), "embedded", torch.device("cpu"), net)
+    assert families.fuse_networks(Kernels(), "embedded", torch.device("meta"), net)  # the plan of that run
+    assert not families.fuse_networks(Kernels(), "flux", torch.device("meta"), net)
     assert not families.fuse_networks(Kernels(fuse="false"), "flux", cuda, net)
     assert not families.fuse_networks(Kernels(fuse="false"), "embedded", torch.device("cpu"), net)
     assert not families.fuse_networks(Kernels(fuse="true"), "sdxl", cuda, net)
-    assert fused == [(net, None), (net, "cudnn"), (net, None)]
+    assert fused == [(net, None), (net, "cudnn"), (net, None), (net, None)]
 
 
 def test_attention_reaches_the_dispatcher(folders, tmp_path, monkeypatch, capsys):

@@ -111,7 +111,8 @@ def fuse_networks(kernels: Kernels, family: str, device: torch.device, *networks
     Raises UserError for kernels.attention where nothing heeds it, and for a diffusers that `fuse_mmdit` does not know.
     """
     # In torch's own operators the fused form is fewer of them: for what trains on a CPU. The others are tests there.
-    helps = senseflow_kernels.is_available(device) or (family == "embedded" and device.type == "cpu")
+    # Shapes are a CPU's, unless `planned` makes them a GPU's: a plan holds the blocks that the run will have.
+    helps = senseflow_kernels.is_available(device) or (family == "embedded" and device.type in ("cpu", "meta"))
     wanted = kernels.fuse == "true" or (kernels.fuse == "auto" and helps)
     if family not in FUSED or not wanted:
         if kernels.attention != "auto":
