@@ -41,6 +41,7 @@ from senseflow.models.embedded import EmbeddedAdapter, load_transformer, load_va
 from senseflow.models.lite0 import load_lite0
 from senseflow.presets import tiny
 from senseflow.sample import load_student, picture_grid, student_samples, teacher_samples
+from senseflow.steps import Parts
 from senseflow.student import find_student
 
 SHIPPED_REFERENCE = Path(__file__).parent / "assets" / "reference"
@@ -312,15 +313,19 @@ class Evaluator:
         return COLUMNS, rows
 
 
+def grid_captions(cfg: Config) -> list[str]:
+    """The prompts of the picture grid: eval.grid of the embedded captions, at equal distances."""
+    captions = default_names()
+    return [captions[i] for i in torch.linspace(0, len(captions) - 1, min(cfg.eval.grid, len(captions))).long()]
+
+
 class PictureEvaluator:
     """What `Evaluator` is for a teacher that the embedded score networks do not know: pictures, and no scores."""
 
-    def __init__(self, cfg: Config, adapter: Any, teacher: nn.Module):
-        self.cfg, self.adapter, e = cfg, adapter, cfg.eval
-        captions = default_names()
-        chosen = torch.linspace(0, len(captions) - 1, min(e.grid, len(captions))).long().tolist()
-        self.cond = adapter.encode_prompts([captions[i] for i in chosen])
-        self.shown = torch.arange(len(chosen))
+    def __init__(self, cfg: Config, adapter: Any, teacher: nn.Module, cond: Condition):
+        """cond: of `grid_captions`."""
+        self.cfg, self.adapter, self.cond, e = cfg, adapter, cond, cfg.eval
+        self.shown = torch.arange(len(cond))
 
         def teacher_at(steps: int) -> Tensor:
             return teacher_samples(
@@ -338,11 +343,11 @@ class PictureEvaluator:
         return COLUMNS, []
 
 
-def make_evaluator(cfg: Config, adapter: Any, teacher: nn.Module) -> Evaluator | PictureEvaluator:
+def make_evaluator(cfg: Config, parts: Parts) -> Evaluator | PictureEvaluator:
     """Scores and pictures for the embedded family, pictures alone for the others."""
-    if cfg.model.family == "embedded":
-        return Evaluator(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
-    return PictureEvaluator(cfg, adapter, teacher)
+    if parts.shown is None:
+        return Evaluator(cfg, parts.adapter, parts.teacher, teacher_folder(cfg.model.teacher))
+    return PictureEvaluator(cfg, parts.adapter, parts.teacher, parts.shown)
 
 
 def embedded_table(args: argparse.Namespace) -> None:

@@ -383,8 +383,8 @@ class Planner:
         rows.append(Row("data", f"{cfg.data.prefetch} batches ahead", cfg.data.prefetch * self._batch(cfg)))
         reserve = cfg.memory.reserve_gb * GB if self.target.type == "cuda" else 0.0
         total = sum(r.device for r in rows)
-        start = sum(r.device for r in stays) + (self.text if cached(cfg) else 0.0)
-        if start > total:  # the encoders are gone before there are activations
+        start = self.text + sum(r.device for r in stays if r.part == "VAE")
+        if start > total:  # the encoders are gone before there is a network
             rows.append(Row("text encoders", "at the start, beyond the step", start - total))
         return Plan(cfg, self.target, rows, max(total, start) + reserve)
 

@@ -49,6 +49,7 @@ class Parts:
     moves: Callable[[str, Callable[[], float]], None] = lambda _phase, _bytes: None  # bytes of a phase; the same
     world: World = field(default_factory=World)
     skeleton: nn.Module | None = None  # the student without numbers, where it is sharded: its form to save
+    shown: Condition | None = None  # the picture grid's prompts, encoded while text encoders were there; embedded: None
 
 
 @dataclass

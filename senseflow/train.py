@@ -28,7 +28,7 @@ from senseflow.data.emoji import load_variants
 from senseflow.data.stream import open_stream
 from senseflow.dist import World
 from senseflow.draws import Draws
-from senseflow.evaluate import Look, make_evaluator, teacher_pictures
+from senseflow.evaluate import Look, grid_captions, make_evaluator, teacher_pictures
 from senseflow.graphs import advance
 from senseflow.iteration import iterate
 from senseflow.logs import Diverged, MetricRing, Monitors, NoLog, RunLog, print_table
@@ -73,15 +73,16 @@ def build_discriminator(cfg: Config, adapter: Any, fake: nn.Module, cond: Condit
     return heads.to(device), vfm
 
 
-def open_data(cfg: Config, adapter: Any, teacher: nn.Module, world: World) -> Any:
-    """This rank's batches of data.path: a cache, a source, or the embedded emoji. Raises UserError for what is not
-    there."""
+def open_data(cfg: Config, adapter: Any, teacher: nn.Module | None, world: World) -> Any:
+    """This rank's batches of data.path: a cache, a source, or the embedded emoji, which data.images = teacher has from
+    `teacher`. Raises UserError for what is not there."""
     device, rank, size = world.device, world.rank, world.size
     if is_cache(cfg.data.path):
         return open_cache(cfg, adapter, Draws(cfg.seed), device, identity(adapter), rank, size)
     if cfg.data.path:
         return open_stream(cfg, adapter, Draws(cfg.seed), device, rank, size)
     if cfg.data.images == "teacher":
+        assert teacher is not None
         images = teacher_pictures(cfg, adapter, teacher, teacher_folder(cfg.model.teacher))
     else:
         images = load_variants(canvas=cfg.model.side)
@@ -105,13 +106,19 @@ def build(cfg: Config, device: torch.device, world: World | None = None) -> tupl
             skeletons.append(skeleton_of(net))
         world.shard(net, adapter.blocks(net))
 
+    shown = data = None
+    if cfg.model.family != "embedded":  # whose text encoders, large ones, come and go before there is a network
+        data = world.in_turn(lambda: open_data(cfg, adapter, None, world))
+        shown = adapter.encode_prompts(grid_captions(cfg))
+        if not data.encodes_text:
+            adapter.free_text()
     teacher, student, fake = make_networks(cfg, adapter, device, place)
-    data = world.in_turn(lambda: open_data(cfg, adapter, teacher, world))
+    data = data or world.in_turn(lambda: open_data(cfg, adapter, teacher, world))
     torch.manual_seed(cfg.seed)  # the heads' initial weights, the only numbers not from Draws
     disc, vfm = build_discriminator(cfg, adapter, fake, data.example(), device)
     anchors = adapter.schedule.anchors(cfg.model.steps, cfg.model.anchors == "released")
     parts = Parts(adapter, student, fake, teacher, disc, vfm, anchors, Draws(cfg.seed), world=world)
-    parts.skeleton = skeletons[0] if skeletons else None
+    parts.skeleton, parts.shown = skeletons[0] if skeletons else None, shown
     trained = [p for net in (student, fake) if not world.sharded for p in net.parameters() if p.requires_grad]
     world.align([*trained, *([] if disc is None else [*disc.parameters(), *disc.buffers()])])
     if cfg.isg.midpoint == "adaptive":
@@ -211,7 +218,7 @@ def run(args: Arguments, world: World) -> int:
             save_curve(parts.curve, parts.anchors, out)
     compile_parts(parts, cfg)
     shown = world.sharded or world.main  # this rank takes part in evaluations
-    evaluator: Any = world.in_turn(lambda: make_evaluator(cfg, parts.adapter, parts.teacher) if shown else None)
+    evaluator: Any = world.in_turn(lambda: make_evaluator(cfg, parts) if shown else None)
     world.shard(parts.teacher, parts.adapter.blocks(parts.teacher))
     if not data.encodes_text:
         parts.adapter.free_text()

@@ -1,5 +1,6 @@
 """The plan against what is: persistent tensors exactly, activations by other instruments than the plan's own."""
 
+import gc
 import itertools
 import json
 from contextlib import contextmanager
@@ -150,9 +151,15 @@ CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
 
 def allocator_bytes(run) -> list[int]:
     """Bytes above the start before and after each event of the CPU's allocator in run(). Not those inside a
-    convolution, which reorders or unfolds its input while it runs: no part of a plan, so there the end alone counts."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
+    convolution, which reorders or unfolds its input while it runs: no part of a plan, so there the end alone counts.
+    Nothing older is freed meanwhile: what an earlier call left in a cycle would count as less."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+    finally:
+        gc.enable()
     total, until, found = 0, 0, []
     for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if e.name() in CONVOLUTIONS:
