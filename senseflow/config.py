@@ -339,7 +339,7 @@ class Kernels(Section):
         "off",
     )
     graphs: Literal["auto", "off", "on"] = doc(
-        "iterations as CUDA graphs, from the second of a kind on; auto: small networks on one GPU",
+        "iterations as CUDA graphs, from the second of a kind on; auto: small networks, on one GPU or by dist.mode ddp",
         "off",
     )
 

@@ -6,6 +6,9 @@ capture runs nothing), and so is every later one: no iteration is run in vain, a
 the next lies in device memory that stays where it is: the batch, the iteration's number, from which `Draws` makes
 noises, times, anchors and guidance, and the learning rates. Gradients stay where they are too, for the optimizer's
 table of addresses is made on the host: one more network's gradients in memory than without graphs.
+
+On several GPUs that hold their networks whole (DDP) NCCL's sums of gradients and losses are part of a graph; the ranks
+meet the same kinds in the same order, for `Draws` tells all of them the same, and what one cannot capture none replays.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
+from senseflow.dist import World
 from senseflow.models.adapter import Condition
 from senseflow.steps import Parts, is_silent
 from senseflow.updates import Updates
@@ -30,14 +34,14 @@ Kind = tuple[bool, int | None, bool]
 GRADIENTS = 0.02  # of the device's memory, at most, in `auto`
 
 
-def reason_against(cfg: Config, device: torch.device, profile: bool = False) -> str | None:
+def reason_against(cfg: Config, device: torch.device, profile: bool = False, sharded: bool = False) -> str | None:
     """Why iterations of this run cannot be captured, in words; None where they can."""
     if device.type != "cuda":
         return f"there are none on {device.type}"
     if profile:
         return "--profile times phases, and a replay has none"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "several ranks are not captured"
+    if sharded:
+        return "hooks on the host gather sharded networks; with dist.mode ddp ranks hold them whole"
     for name, value, allowed in (
         ("optim.name", cfg.optim.name, "senseflow"), ("optim.in_backward", cfg.optim.in_backward, False),
         ("optim.host", cfg.optim.host, False), ("ida.mode", cfg.ida.mode, "fixed"),
@@ -52,19 +56,27 @@ def advance(
     cfg: Config, parts: Parts, updates: Updates, iterate: Iterate, profile: bool = False
 ) -> Callable[[Batch, int], dict[str, Tensor]]:
     """What runs the next iteration: (batch, iteration) -> metrics. By graphs where kernels.graphs says so: on: or a
-    UserError; auto: or, said once, as it is."""
+    UserError; auto: or, said once, as it is. The same on all ranks, all of which must call this."""
     wanted = cfg.kernels.graphs
     device = next(parts.student.parameters()).device
-    reason = reason_against(cfg, device, profile)
+    reason = reason_against(cfg, device, profile, parts.world.sharded)
     if wanted == "on" and reason:
         raise UserError(f"kernels.graphs = 'on': {reason}; allowed is auto or off")
     if wanted == "auto" and reason is None:
         reason = too_much(updates, torch.cuda.get_device_properties(device).total_memory)
+    if wanted != "off":
+        reason = agreed(parts.world, reason)
     if wanted != "off" and reason is None:
         return Replayed(cfg, parts, updates, iterate)
     if wanted == "auto" and device.type == "cuda":
         log.warning("iterations run without CUDA graphs: %s", reason)
     return lambda batch, iteration: iterate(cfg, parts, updates, batch, iteration)
+
+
+def agreed(world: World, reason: str | None) -> str | None:
+    """This rank's reason against graphs, or that another one has one."""
+    (against,) = world.most(float(reason is not None))
+    return reason or ("another rank cannot" if against else None)
 
 
 def too_much(updates: Updates, memory: int) -> str | None:
@@ -146,13 +158,17 @@ class Replayed:
         Raises UserError instead with kernels.graphs = on. Nothing has been run then, so nothing is lost."""
         params = [p for some in self.updates.params.values() for p in some]
         before = [p.grad for p in params]
+        found, error = None, None
         try:
-            return self._captured(batch, iteration)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            if self.cfg.kernels.graphs == "on":
-                raise UserError(f"kernels.graphs = 'on', but an iteration cannot be captured: {reason}") from error
-            log.warning("iterations run without CUDA graphs from %d on: %s", iteration, reason)
+            found = self._captured(batch, iteration)
+        except RuntimeError as caught:
+            error = caught
+        reason = agreed(self.parts.world, None if error is None else str(error).strip().partition("\n")[0])
+        if reason is None:
+            return found
+        if self.cfg.kernels.graphs == "on":
+            raise UserError(f"kernels.graphs = 'on', but an iteration cannot be captured: {reason}") from error
+        log.warning("iterations run without CUDA graphs from %d on: %s", iteration, reason)
         self.capture, self.kinds = False, {}
         for p, grad in zip(params, before, strict=True):
             p.grad = grad

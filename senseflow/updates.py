@@ -260,6 +260,9 @@ class Updates:
         if self.parts.disc is not None:
             named["disc"] = self.parts.disc.state_dict()
         named["optimizers"] = {k: o.state_dict() for k, o in self.optimizers.items()}
+        for name, state in named["optimizers"].items():  # set anew in each step; of CUDA graphs a device tensor
+            for group in state["param_groups"]:
+                group["lr"] = self.lr[name]
         if self.ema is not None:
             named["ema"] = self.ema.state_dict()
         if self.adaptive is not None:

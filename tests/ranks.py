@@ -201,13 +201,16 @@ class Run:
                 self.grads[name] = [torch.zeros(()) if g is None else whole(g.detach()).float().clone() for g in grads]
         return self._apply(loss, iteration, *names, **how)
 
-    def go(self, first: int, last: int) -> Run:
-        from senseflow.steps import encoded
+    def step(self, batch: Any, i: int) -> dict[str, torch.Tensor]:
         from senseflow.train import iterate
 
+        return iterate(self.cfg, self.parts, self.updates, batch, i)
+
+    def go(self, first: int, last: int) -> Run:
+        from senseflow.steps import encoded
+
         for i in range(first, last):
-            batch = encoded(self.parts, self.data.batch(i, self.cfg.data.batch), i)
-            metrics = iterate(self.cfg, self.parts, self.updates, batch, i)
+            metrics = self.step(encoded(self.parts, self.data.batch(i, self.cfg.data.batch), i), i)
             self.rows.append({k: float(self.world.mean(v)) for k, v in metrics.items()})
         return self
 

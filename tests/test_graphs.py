@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from on_meta import NoSync, parts_on_meta, to_meta
+from ranks import Run, launch
 from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import train
 from senseflow.cli import parse
 from senseflow.config import UserError
+from senseflow.dist import World
 from senseflow.draws import Draws
 from senseflow.graphs import Captured, Replayed, advance, reason_against, too_much
 from senseflow.steps import encoded
@@ -172,6 +174,7 @@ def test_where_graphs_cannot_be_is_said(made, monkeypatch):
         advance(on, parts, updates, iterate)
     gpu = torch.device("cuda")
     assert reason_against(cfg, gpu) is None and "--profile" in reason_against(cfg, gpu, profile=True)
+    assert "dist.mode ddp" in reason_against(cfg, gpu, sharded=True)
     size = sum(p.numel() * p.element_size() for some in updates.params.values() for p in some)
     assert too_much(updates, 50 * size) is None and "GB; --graphs on" in (too_much(updates, 49 * size) or "")
     for flag in ("--optim.host=true", "--optim.in_backward=true", "--optim.name=torch", "--ida.mode=adaptive"):
@@ -185,6 +188,65 @@ def test_another_form_of_batch_is_refused(made):
     run(data.batch(0, 2), 0)
     with pytest.raises(UserError, match=r"a batch of \[3, 3, 32, 32\] torch.float32 after one of \[2, 3, 32, 32\]"):
         run(data.batch(1, 3), 1)
+
+
+class FailsOnOne(Played):
+    """Whose second capture is not to be had on rank 1."""
+
+    def _captured(self, batch, iteration):
+        if self.captures and self.parts.world.rank:
+            raise RuntimeError("no memory")
+        return super()._captured(batch, iteration)
+
+
+def train_on_ranks(world, teacher, out):
+    """12 iterations of DDP in each form: what a checkpoint has, the metrics, whether there are still graphs."""
+    forms = {"eager": None, "static": Replayed, "played": Played, "failing": FailsOnOne}
+    for name, form in forms.items():
+        run = Run(teacher, "--dist.mode", "ddp", "--train.gen_every", "2", world=world)
+        step = run.step
+        if form is not None:
+            more = {"capture": False} if name == "static" else {}
+            step = form(run.cfg, run.parts, run.updates, iterate, **more)
+        rows = []
+        for i in range(12):
+            batch = encoded(run.parts, run.data.batch(i, 4), i)
+            rows.append({k: float(v) for k, v in step(batch, i).items()})
+        capture = form is not None and step.capture
+        torch.save((run.tensors(), rows, capture), out / f"{name}{world.rank}.pt")
+
+
+def test_two_ranks_that_hold_networks_whole(folder, tmp_path):
+    """DDP by graphs that are played, sums over ranks and all: the bits of the run without; one rank that cannot capture
+    has both go on without, on those bits too. The ranks' weights are the same, their losses are not."""
+    launch(2, train_on_ranks, folder, tmp_path)
+    found = {file.stem: torch.load(file) for file in sorted(tmp_path.glob("*[01].pt"))}
+    assert len(found) == 8
+    truth = found["eager0"][0]
+    for name, (tensors, rows, _) in found.items():
+        assert tensors.keys() == truth.keys() and all(torch.equal(t, truth[k]) for k, t in tensors.items()), name
+        assert rows == found[f"eager{name[-1]}"][1], name
+    assert found["eager0"][1] != found["eager1"][1]
+    assert [found[name][2] for name in ("played0", "played1", "failing0", "failing1")] == [True, True, False, False]
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_nccls_sums(made, tmp_path):
+    """NCCL's all-reduces, of a group of one rank that takes itself for two: captured and replayed, bit for bit. Sums
+    are halved then, with graphs and without."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        cfg, parts, data = made("cuda")
+        parts.world = World(0, 2, torch.device("cuda"), host=torch.distributed.new_group(backend="gloo"))
+        plain = after(cfg, parts, data, lambda p, u: lambda b, i: iterate(cfg, p, u, b, i), 24)
+        graphs = after(cfg, parts, data, lambda p, u: Replayed(cfg, p, u, iterate), 24)
+        check_equal(plain, graphs)
+        assert sum(known is not None for known in graphs[2].kinds.values()) >= 4
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu
