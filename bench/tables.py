@@ -229,7 +229,7 @@ def source(path: str, first: str, last: str) -> Callable[[], str]:
 
 
 DROPIN = "examples/dmd2_dropin.py"
-GROUPS = ("core", "removed", "ttur", "lambda", "variants", "midpoint", "steps", "unstable")
+GROUPS = ("core", "removed", "ttur", "lambda", "variants", "midpoint", "steps", "thrift", "unstable")
 
 
 COUNTED = ("tiny", "sd35-medium", "sd35-large", "flux-dev", "sdxl", "flux2-klein")

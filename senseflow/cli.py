@@ -6,7 +6,7 @@ A small parser of our own, because every bad flag must give exactly one line: ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -40,6 +40,21 @@ def extra_named() -> Iterator[None]:
         if package not in TRAIN_EXTRA:
             raise
         raise UserError(f"package {package!r} is missing: run pip install -e '.[train]'") from None
+
+
+def status_of(command: str, work: Callable[[], object], stopped: str = "stopped") -> int:
+    """The exit status of a command that does `work`: 0; 2 and one line on stderr for bad input or an extra that is not
+    installed; 130 and the line `stopped` after Ctrl-C."""
+    try:
+        with extra_named():
+            work()
+    except UserError as error:
+        print(f"senseflow.{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"senseflow.{command}: {stopped}", file=sys.stderr)
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)

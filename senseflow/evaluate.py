@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from senseflow.cli import extra_named
+from senseflow.cli import status_of
 from senseflow.config import Config, UserError, replace
 from senseflow.data.emoji import EmojiSet, default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.data.packages import cache_folder
@@ -389,13 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", default="", help="teacher folder; default: the student's own, or the embedded one")
     parser.add_argument("--make-reference", type=Path, help="folder to write a reference into")
     args = parser.parse_args(words)
-    try:
-        with extra_named():
-            embedded_table(args)
-    except UserError as error:
-        print(f"senseflow.evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("evaluate", lambda: embedded_table(args))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from senseflow import model_card, parity
-from senseflow.cli import extra_named
+from senseflow.cli import status_of
 from senseflow.config import Config, UserError
 from senseflow.flow import FlowSchedule
 from senseflow.models.adapter import cast
@@ -255,13 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         "training; fp32 for a LoRA, merged or not, whose changes bf16 would round away")  # fmt: skip
     add("--check-dtype", choices=tuple(DTYPES), default="fp32", help="of the parity check")
     add("--prompts", nargs="+", default=list(model_card.PROMPTS), help="of the card's example, and of the check")
-    try:
-        with extra_named():
-            export(parser.parse_args(argv))
-    except UserError as error:
-        print(f"senseflow.export: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    return status_of("export", lambda: export(args))
 
 
 if __name__ == "__main__":

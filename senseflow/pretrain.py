@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from senseflow import checkpoint
-from senseflow.cli import extra_named
-from senseflow.config import UserError
+from senseflow.cli import status_of
 from senseflow.data.batches import shuffled_index
 from senseflow.data.emoji import load_variants, pick_variants, to_float
 from senseflow.models.embedded import load_transformer, teacher_folder
@@ -185,13 +184,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Bad input is one line on stderr and exit status 2."""
     args = arguments(argv)
-    try:
-        with extra_named():
-            train(args)
-    except UserError as error:
-        print(f"senseflow.pretrain: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("pretrain", lambda: train(args))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.rollout import sample_euler, sample_renoise
-from senseflow.cli import extra_named
+from senseflow.cli import status_of
 from senseflow.config import Config, UserError
 from senseflow.data.cache import is_cache
 from senseflow.data.emoji import default_names, to_float, to_uint8
@@ -379,13 +379,7 @@ def _shown(parts: list, rank: int) -> Iterator:
 def main(argv: list[str] | None = None) -> int:
     """Command line: pictures, samples.jsonl and a sheet. Bad input is one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
-    try:
-        with extra_named():
-            run(args)
-    except UserError as error:
-        print(f"senseflow.sample: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("sample", lambda: run(args))
 
 
 if __name__ == "__main__":

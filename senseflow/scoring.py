@@ -17,13 +17,12 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from senseflow import sample
-from senseflow.cli import extra_named
+from senseflow.cli import status_of
 from senseflow.config import UserError
 from senseflow.scores import coco
 from senseflow.scores.benchmarks import IMAGES, layout, read_results, write_dpg_grids
@@ -346,14 +345,12 @@ def score(run: Run) -> None:
 def main(argv: list[str]) -> int:
     """Command line. Bad input is one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
-    try:
-        with extra_named():
-            run = Run(args)
-            if args.write:
-                write_benchmark(run)
-            else:
-                score(run)
-    except UserError as error:
-        print(f"senseflow.evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> None:
+        run = Run(args)
+        if args.write:
+            write_benchmark(run)
+        else:
+            score(run)
+
+    return status_of("evaluate", work, "stopped; run the same command again, it goes on")

@@ -1,8 +1,10 @@
 """Presets against paper.md's table, and the checks of every field."""
 
 import dataclasses
+import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -222,3 +224,18 @@ def test_help_after_a_preset_shows_its_values(capsys):
     with pytest.raises(SystemExit):
         parse(["flux-dev", "--help"], "what it does")
     assert "learning rate of the student [a number, 0 to 1; default '1e-05']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "argv"),
+    [("sample", "run", ["--student", "x"]), ("evaluate", "embedded_table", ["--student", "x"]),
+     ("evaluate", "scoring.Run", ["--student", "x", "--metrics", "kid"]), ("pretrain", "train", ["--out", "x"]),
+     ("export", "export", ["--student", "x", "--out", "y"])],
+)  # fmt: skip
+def test_ctrl_c_is_one_line_and_130(module, work, argv, monkeypatch, capsys):
+    command = importlib.import_module(f"senseflow.{module}")
+    where = f"senseflow.{work}" if "." in work else f"senseflow.{module}.{work}"
+    monkeypatch.setattr(where, lambda *_: signal.raise_signal(signal.SIGINT))
+    assert command.main(argv) == 130
+    err = capsys.readouterr().err
+    assert err.startswith(f"senseflow.{module}: stopped") and err.count("\n") == 1

@@ -66,6 +66,10 @@ GROUPS: dict[str, list[Row]] = {
         FULL,
         *(Row(f"steps-{n}", f"{n} step{'s' * (n > 1)}", ("tiny", "--model.steps", str(n))) for n in (1, 2, 8)),
     ],
+    "thrift": [  # what less memory costs (docs/memory.md)
+        FULL,
+        Row("moments-8bit", "all moments in 8 bits", ("tiny", "--train.moments", "8bit", "--disc.moments", "8bit")),
+    ],
     "unstable": [
         Row("harsh-dmd2", "DMD2, equal rates, 1 fake update", ("dmd2", *HARSH)),
         Row("harsh-dmd2-ida", "the same +IDA", ("dmd2", *HARSH, *IDA)),
