@@ -1,6 +1,6 @@
 """Distils a teacher into a few-step student: `python -m senseflow.train [PRESET] [--any.field VALUE]`.
 
-The run is one function, `train`, that reads from top to bottom; the algorithm's own steps are in steps.py.
+`build` makes the networks and the data, `Training` is the run; an iteration is iteration.py, its steps steps.py.
 """
 
 from __future__ import annotations
@@ -193,143 +193,172 @@ def train(args: Arguments) -> int:
     if args.dry_run:
         rank, size, _ = dist.place() or (0, 1, 0)
         return plan(cfg, size) if rank == 0 else 0
-    status = run(args, dist.start(cfg))
+    status = Training(args, dist.start(cfg)).run()
     dist.stop()  # not after an error, in which the other ranks may still wait
     return status
 
 
-def run(args: Arguments, world: World) -> int:
-    """`train` on one of the ranks."""
-    cfg, out = args.config, Path(args.config.out)
-    started = time.monotonic()
-    parts, data = build(cfg, world.device, world)
-    updates = Updates(cfg, parts)
-    total = cfg.train.iterations
-    if args.profile:
-        total = cfg.train.fake_warmup + 4 * cfg.train.gen_every  # warm-up, FLOPs, times, trace
-    first, before = resume(cfg, updates, out, args.resume, data.fingerprint)
-    log: Any = NoLog()
-    if world.main:
-        log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, total, resume_at=first)
-    data.begin(out, first)
-    if world.main:
-        (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
-        if parts.curve is not None:
-            save_curve(parts.curve, parts.anchors, out)
-    compile_parts(parts, cfg)
-    shown = world.sharded or world.main  # this rank takes part in evaluations
-    evaluator: Any = world.in_turn(lambda: make_evaluator(cfg, parts) if shown else None)
-    world.shard(parts.teacher, parts.adapter.blocks(parts.teacher))
-    if not data.encodes_text:
-        parts.adapter.free_text()
+class Training:
+    """A run on one of the ranks: its networks and data, what it writes, and the loop."""
 
-    def fresh(state: dict[str, Any]) -> Monitors:
-        found = Monitors(cfg.train.max_nonfinite, strict=cfg.health.on_divergence != "warn")
+    def __init__(self, args: Arguments, world: World):
+        """Builds everything, and takes up a checkpoint. Raises UserError as `build` and `resume` do."""
+        cfg, out, t = args.config, Path(args.config.out), args.config.train
+        self.started, self.args, self.cfg, self.world, self.out = time.monotonic(), args, cfg, world, out
+        self.parts, self.data = build(cfg, world.device, world)
+        self.updates = Updates(cfg, self.parts)
+        # profiling is a cycle for warm-up, FLOPs, times, trace
+        self.total = t.fake_warmup + 4 * t.gen_every if args.profile else t.iterations
+        self.first, before = resume(cfg, self.updates, out, args.resume, self.data.fingerprint)
+        self.log: Any = NoLog()
+        if world.main:
+            self.log = RunLog(out, cfg.log.tensorboard, cfg.log.progress, self.total, resume_at=self.first)
+        self.data.begin(out, self.first)
+        if world.main:
+            (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n")
+            if self.parts.curve is not None:
+                save_curve(self.parts.curve, self.parts.anchors, out)
+        compile_parts(self.parts, cfg)
+        self.shown = world.sharded or world.main  # this rank takes part in evaluations
+        self.evaluator: Any = world.in_turn(lambda: make_evaluator(cfg, self.parts) if self.shown else None)
+        world.shard(self.parts.teacher, self.parts.adapter.blocks(self.parts.teacher))
+        if not self.data.encodes_text:
+            self.parts.adapter.free_text()
+        self.monitors = self._monitors(before)
+        if before:
+            self.log.say(resumed(before["path"], world, before["config"], cfg))
+        self.ring = MetricRing()
+        self.profiler = Profiler(args.profile and world.main, out, self.total, t.gen_every, DTYPES[cfg.model.dtype])
+        if args.profile:
+            phased(self.parts, self.profiler)
+        self.advance = advance(cfg, self.parts, self.updates, iterate, args.profile)
+        self.saver = Saver(out / "checkpoints", world, t.keep_last, t.keep_best, t.checkpoint_async)
+        self.scores: dict[int, float] = {}  # KID by iteration
+        self.rollbacks, self.resumed = cfg.health.rollbacks, bool(before)
+
+    def _monitors(self, state: dict[str, Any]) -> Monitors:
+        found = Monitors(self.cfg.train.max_nonfinite, strict=self.cfg.health.on_divergence != "warn")
         found.load_state_dict(state.get("monitors", {}))
         return found
 
-    monitors = fresh(before)
-    if before:
-        log.say(resumed(before["path"], world, before["config"], cfg))
-    ring = MetricRing()
-    profiler = Profiler(args.profile and world.main, out, total, cfg.train.gen_every, DTYPES[cfg.model.dtype])
-    if args.profile:
-        phased(parts, profiler)
-    step = advance(cfg, parts, updates, iterate, args.profile)
-    t = cfg.train
-    saver = Saver(out / "checkpoints", world, t.keep_last, t.keep_best, t.checkpoint_async)
+    def save(self, iteration: int) -> None:
+        disc = self.parts.disc
+        if disc is not None:
+            self.world.check_in_step("the discriminator", [*disc.parameters(), *disc.buffers()])
+        state = dict(config=to_dict(self.cfg), updates=self.updates.state(), data=self.data.fingerprint)
+        state |= dict(monitors=self.monitors.state_dict())
+        self.saver.save(iteration, state, score=self.scores.get(iteration))
+        ship(self.cfg, self.parts, self.updates, self.out)
 
-    def save(iteration: int) -> None:
-        if parts.disc is not None:
-            world.check_in_step("the discriminator", [*parts.disc.parameters(), *parts.disc.buffers()])
-        state = dict(config=to_dict(cfg), updates=updates.state(), data=data.fingerprint)
-        saver.save(iteration, state | dict(monitors=monitors.state_dict()), score=scores.get(iteration))
-        ship(cfg, parts, updates, out)
-
-    def look(iteration: int) -> Look | None:
-        if not shown:
+    def look(self, iteration: int) -> Look | None:
+        """Scores and pictures of the student as it is; None on a rank that takes no part."""
+        if not self.shown:
             return None
-        with uncompiled(), looking(parts, updates) as net:
-            result = evaluator.measure(net, parts.anchors)
+        with uncompiled(), looking(self.parts, self.updates) as net:
+            result = self.evaluator.measure(net, self.parts.anchors)
         if result.scores is not None:
-            scores[iteration] = result.scores.kid
-        if world.main:
-            log.evaluation(iteration, result.row(), result.grid(evaluator), out / "grids" / f"{iteration:06d}.png")
+            self.scores[iteration] = result.scores.kid
+        if self.world.main:
+            file = self.out / "grids" / f"{iteration:06d}.png"
+            self.log.evaluation(iteration, result.row(), result.grid(self.evaluator), file)
         return result
 
-    def drain() -> None:
-        rows = ring.drain(world.mean)
-        log.metrics(rows)
-        monitors.last_good = saver.settled
-        for warning in monitors.check(rows):
-            log.warn(warning)
+    def drain(self) -> None:
+        """Metrics from the device to the log, past the monitors. Raises Diverged."""
+        rows = self.ring.drain(self.world.mean)
+        self.log.metrics(rows)
+        self.monitors.last_good = self.saver.settled
+        for warning in self.monitors.check(rows):
+            self.log.warn(warning)
 
-    done, status, scores = first, 0, {}  # a run that was saved at its end has only its table left
-    with (
-        Stop(world.main) as stop, log, closing(data), senseflow_kernels.strict(cfg.kernels.strict),
-        Watchdog(world, cfg.dist.stuck, say_alone) as dog,
-    ):  # fmt: skip
-        if first == 0 and not args.profile:
-            look(0)
-        if before and first >= total:  # it may have ended between its last checkpoint and the student's files
-            ship(cfg, parts, updates, out)
-        iteration, rollbacks = first, cfg.health.rollbacks
-        while iteration < total:
-            dog.beat(f"data of iteration {iteration + 1}")
-            with profiler.iteration():
-                with parts.phase("data"):  # waiting for it; a source's prompts are encoded here too
-                    batch = data.batch(iteration, cfg.data.batch)
-                dog.beat(f"iteration {iteration + 1}")
-                with parts.phase("encode"):
-                    batch = encoded(parts, batch, iteration)
-                metrics = step(batch, iteration)
+    def iteration(self, iteration: int, dog: Watchdog) -> None:
+        dog.beat(f"data of iteration {iteration + 1}")
+        with self.profiler.iteration():
+            with self.parts.phase("data"):  # waiting for it; a source's prompts are encoded here too
+                batch = self.data.batch(iteration, self.cfg.data.batch)
+            dog.beat(f"iteration {iteration + 1}")
+            with self.parts.phase("encode"):
+                batch = encoded(self.parts, batch, iteration)
+            metrics = self.advance(batch, iteration)
+        if (iteration + 1) % self.cfg.log.every == 0:
+            metrics["ida_drift"] = drift(self.updates)
+        self.ring.put(iteration + 1, metrics)
+
+    def back(self, error: Diverged) -> int:
+        """The iteration of the last good checkpoint, which is loaded. Raises Diverged where health says to stop."""
+        if self.cfg.health.on_divergence != "rollback":
+            raise error
+        self.saver.wait()
+        iteration, state = roll_back(
+            self.saver.folder, self.updates, error, self.cfg.health.slower, self.rollbacks
+        )  # fmt: skip
+        self.rollbacks -= 1
+        self.monitors = self._monitors(state)
+        self.log.warn(f"{error}; went back to iteration {iteration}, rates times {self.updates.rate:g}")
+        return iteration
+
+    def keep(self, done: int, ending: bool) -> None:
+        """An evaluation and a checkpoint, where they are due after so many iterations."""
+        best, t = False, self.cfg.train
+        if done % self.cfg.eval.every == 0 and not ending:
+            self.look(done)
+            best = t.keep_best > 0 and self.world.tell(is_best(self.scores, done, t.keep_best))
+        if done % t.checkpoint_every == 0 or ending or best:
+            self.save(done)
+
+    def loop(self, stop: Stop, dog: Watchdog) -> tuple[int, int]:
+        """(iterations done, exit status: not 0 where a signal ended them)."""
+        cfg, t = self.cfg, self.cfg.train
+        iteration = done = self.first  # a run that was saved at its end has only its table left
+        while iteration < self.total:
+            self.iteration(iteration, dog)
             done = iteration + 1
-            if done % cfg.log.every == 0:
-                metrics["ida_drift"] = drift(updates)
-            ring.put(done, metrics)
-            late = 0 < cfg.train.minutes * 60 <= time.monotonic() - started
-            status, late, failed = world.most(stop.status, late, saver.failed)  # all ranks end at one iteration
+            late = 0 < t.minutes * 60 <= time.monotonic() - self.started
+            status, late, failed = self.world.most(stop.status, late, self.saver.failed)  # ranks end at one iteration
             if failed:
-                saver.wait()
-            ending = status or late or done == total
+                self.saver.wait()
+            ending = bool(status or late or done == self.total)
             if ending or any(done % n == 0 for n in (cfg.log.every, cfg.eval.every, t.checkpoint_every)):
                 try:
-                    drain()
+                    self.drain()
                 except Diverged as error:
-                    if cfg.health.on_divergence != "rollback":
-                        raise
-                    saver.wait()
-                    iteration, state = roll_back(saver.folder, updates, error, cfg.health.slower, rollbacks)
-                    rollbacks -= 1
-                    monitors = fresh(state)
-                    log.warn(f"{error}; went back to iteration {iteration}, rates times {updates.rate:g}")
+                    iteration = self.back(error)
                     continue
             dog.beat(f"evaluation or checkpoint after iteration {done}")
-            if not args.profile:
-                best = False
-                if done % cfg.eval.every == 0 and not ending:
-                    look(done)
-                    best = t.keep_best > 0 and world.tell(is_best(scores, done, t.keep_best))
-                if done % cfg.train.checkpoint_every == 0 or ending or best:
-                    save(done)
+            if not self.args.profile:
+                self.keep(done, ending)
             if ending:
-                break
+                return done, int(status)
             iteration = done
-        dog.beat("the last checkpoint")
-        saver.wait()
-        world.barrier()  # a rank that has ended makes torchrun or Slurm end the others, which may not be done
-        if status:
-            log.say(f"stopped at iteration {done} and saved: go on with the same command and --resume")
-            return int(status)
-        if args.profile:
-            if world.main:
-                profiler.report()
-            return 0
-        last = look(done)
-        if shown:
-            final_table(log, evaluator, parts, updates, out, last)
-    world.barrier()
-    return 0
+        return done, 0
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        cfg, world = self.cfg, self.world
+        with (
+            Stop(world.main) as stop, self.log, closing(self.data), senseflow_kernels.strict(cfg.kernels.strict),
+            Watchdog(world, cfg.dist.stuck, say_alone) as dog,
+        ):  # fmt: skip
+            if self.first == 0 and not self.args.profile:
+                self.look(0)
+            if self.resumed and self.first >= self.total:  # it may have ended before the student's files were there
+                ship(cfg, self.parts, self.updates, self.out)
+            done, status = self.loop(stop, dog)
+            dog.beat("the last checkpoint")
+            self.saver.wait()
+            world.barrier()  # a rank that has ended makes torchrun or Slurm end the others, which may not be done
+            if status:
+                self.log.say(f"stopped at iteration {done} and saved: go on with the same command and --resume")
+                return status
+            if self.args.profile:
+                if world.main:
+                    self.profiler.report()
+                return 0
+            last = self.look(done)
+            if self.shown:
+                final_table(self.log, self.evaluator, self.parts, self.updates, self.out, last)
+        world.barrier()
+        return 0
 
 
 def final_table(log: Any, evaluator: Any, parts: Parts, updates: Updates, out: Path, last: Look | None) -> None:
