@@ -2,7 +2,11 @@
 
 import fcntl
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,3 +232,44 @@ def test_core_rows_on_a_toy_budget(tmp_path, monkeypatch, capsys):
     assert ablate.main([*argv, "isg.margin=20"]) == 2
     assert "is of other settings (isg.margin 50.0, now 20.0)" in capsys.readouterr().err
     assert torch.isfinite(torch.tensor(records["dmd2"][0]["final"]["eval/kid"]))
+
+
+KILLED = """
+import senseflow.train, tiny_pipelines
+senseflow.train.load_variants = tiny_pipelines.few_pictures
+from senseflow import ablate
+raise SystemExit(ablate.main({argv}))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(tmp_path, monkeypatch):
+    """SIGKILL after a checkpoint of the second row's run: the same command goes on from it, and every record is that of
+    a command which nobody killed."""
+    teacher = embedded_teacher(tmp_path / "teacher")
+    path = [str(Path(__file__).parent), *sys.path]
+    env = os.environ | {"SENSEFLOW_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(path)}
+
+    def begin(where):
+        argv = ["midpoint", "--seeds", "0", "--updates", "4", "--evaluations", "4", "--out", str(tmp_path / where),
+                "--records", str(tmp_path / where), "--set", f"model.teacher={teacher}", *TOY]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED.format(argv=argv)], env=env, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    second, first = GROUPS["midpoint"][1].name, begin("killed")
+    saved = tmp_path / "killed" / second / "seed0" / "checkpoints"
+    until = time.monotonic() + 300
+    while checkpoint.newest(saved) is None and first.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL and checkpoint.newest(saved) is not None
+    again, whole = begin("killed"), begin("whole")
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and "2 runs, 1 of them done already" in said and "resumed" in said, said
+    assert whole.communicate(timeout=300)[0] and whole.returncode == 0
+    records = [read_records(tmp_path / where) for where in ("killed", "whole")]
+    for row in ("full", second):
+        mine, theirs = (r[row][0] for r in records)
+        assert mine["curves"] == theirs["curves"] and mine["final"] == theirs["final"] and mine["status"] == "done"
