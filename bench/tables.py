@@ -109,6 +109,21 @@ def memory_table() -> str:
     return table(["", *heads], rows)
 
 
+def plans_table() -> str:
+    """README's memory table: of each plan in docs/memory.md its sum and the switches that made it fit."""
+    text = (ROOT / "docs" / "memory.md").read_text()
+    rows = []
+    for plan in text[text.index("<!-- plans:") : text.index("<!-- plans end")].split("### ")[1:]:
+        title, words = plan.partition("\n")[0], next(line for line in plan.splitlines() if line.startswith("python"))
+        given = ("data.batch", "memory.device_gb", "memory.ranks", "model.variant", "dry-run")
+        flags = [f"--{flag}" for flag in words.strip().split(" --")[1:] if flag.split()[0] not in given]
+        cells = next(line for line in plan.splitlines() if line.startswith("│ sum")).strip("│ ").split("│")
+        device, host = (*(c.strip() for c in cells[2:]), "")[:2]
+        shown = "does not fit" if "It does not fit" in plan else f"{float(device):.1f}"
+        rows.append([title, shown, f"{float(host):.0f}" if host else "", f"`{' '.join(flags)}`" if flags else ""])
+    return table(["run", "GB planned", "on the host", "switches"], rows)
+
+
 def moments_table() -> str:
     rows = read("bench/results/moments.json")["rows"]
     cells = [
@@ -240,6 +255,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "moments-table": moments_table,
     "precision-table": precision_table,
     "memory-table": memory_table,
+    "plans-short": plans_table,
     "data-table": data_table,
     "csrc-table": csrc_table,
     "mixture-table": mixture_table,
