@@ -231,6 +231,14 @@ def ablation(group: str) -> Callable[[], str]:
     return made
 
 
+def ablation_parts() -> str:
+    """What each part of the method changes, over the seeds that both rows have."""
+    from senseflow.ablation import report
+
+    columns, rows = report.parts_table(report.read_records(ROOT / "docs" / "ablation"))
+    return table(columns, rows) if rows else "Not run yet: `python -m senseflow.ablate`.\n"
+
+
 def source(path: str, first: str, last: str) -> Callable[[], str]:
     """The lines of a file from the one that begins with `first` up to the one before `last`, as a block of code."""
 
@@ -273,5 +281,6 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "step-modelopt": lambda: step_rows("step-modelopt", [*STEP, *FORWARDS[:3]]),
     "step-fastgen": lambda: step_rows("step-fastgen", [*STEP, *FORWARDS[:3]]),
     **{f"forwards-{preset}": forwards(preset) for preset in COUNTED},
+    "ablation-parts": ablation_parts,
     **{f"ablation-{group}": ablation(group) for group in GROUPS},
 }

@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import ablate, checkpoint
-from senseflow.ablation.report import band, differences, read_records, table, write_report
+from senseflow.ablation.report import band, differences, parts_table, read_records, table, write_report
 from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
 from senseflow.ablation.stats import holm, mean_and_half_width, paired
 from senseflow.cli import parse
@@ -93,6 +93,13 @@ def test_table_and_bands_from_records(tmp_path):
     x, mean, half = band(list(records["full"].values()), "eval/kid")
     assert (x, mean) == ([0, 4], [50.0, 13.0]) and half[0] == 0
     assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
+    columns, rows = parts_table(records)
+    assert columns[:2] == ["with it minus without", "dithered KID x1000"]
+    assert rows == [["IDA, in the whole", "-2.00", "-", "-", "0.000", "-"]]  # one common seed; no ISG without IDA here
+    kids = {"dmd2-ida": [31.0, 33.0, 35.5]}
+    both = records | {row: {s: made_record(row, s, kid) for s, kid in enumerate(k)} for row, k in kids.items()}
+    (ida, _), p = parts_table(both)[1], scipy_stats.ttest_rel(kids["dmd2-ida"], scores["dmd2"]).pvalue
+    assert ida[0] == "IDA, added to DMD2" and ida[1].startswith("0.17 +- ") and ida[1].endswith(f", p {p:.2g}")
     page = write_report(tmp_path, ["core"]).read_text()
     assert (
         "full, seed 0: iteration 9: over 20 % of x0 is saturated" in page

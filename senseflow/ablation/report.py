@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from senseflow.ablation.rows import BASES, GROUPS
+from senseflow.ablation.rows import BASES, GROUPS, PARTS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 from senseflow.config import UserError
 from senseflow.logs import FATAL
@@ -100,6 +100,38 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def at_end(record: dict[str, Any], name: str) -> float | None:
+    """A score at the end, or the mean of a monitor's last quarter."""
+    if name.startswith("eval/"):
+        return record["final"].get(name)
+    return late(record["curves"][name]) if name in record["curves"] else None
+
+
+MEASURES = [("eval/kid", "dithered KID x1000", 2), ("eval/fd", "FD", 2), ("eval/r1", "text R@1", 4),
+            ("fake_real_gap", "fake-real gap", 3), ("ida_drift", "drift", 4)]  # fmt: skip
+
+
+def parts_table(records: Records) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): what each part changes, with it minus without over common seeds, p after Holm's correction over
+    the rows; of those parts whose two rows have records."""
+    there = [part for part in PARTS if part[1] in records and part[2] in records]
+    rows = [[words] for words, _, _ in there]
+    for name, _, digits in MEASURES:
+
+        def ends(row: str, name: str = name) -> dict[int, float]:
+            values = {seed: at_end(record, name) for seed, record in records[row].items()}
+            return {seed: value for seed, value in values.items() if value is not None}
+
+        found = holm({words: paired(ends(row), ends(base)) for words, row, base in there})
+        for line in rows:
+            d = found[line[0]]
+            cell = "-" if d is None else shown(d.mean, digits)
+            if d is not None and d.adjusted is not None:
+                cell += f" +- {shown(d.half, digits)}, p {d.adjusted:.2g}" + (" *" if d.significant else "")
+            line.append(cell)
+    return ["with it minus without", *(text for _, text, _ in MEASURES)], rows
+
+
 def late(points: list[list[float]]) -> float:
     """Mean of a curve's last quarter: single iterations of a small batch say little."""
     tail = points[-max(len(points) // 4, 1) :]
@@ -161,6 +193,12 @@ def with_records(records: Records) -> list[str]:
     return [group for group, rows in GROUPS.items() if any(r.name in records for r in rows if r.name != BASES[group])]
 
 
+def html_table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [("th", columns), *(("td", row) for row in rows)]
+    cells = (f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in row)}</tr>" for tag, row in lines)
+    return f"<table>{''.join(cells)}</table>"
+
+
 def write_report(folder: Path, groups: list[str]) -> Path:
     """FOLDER/report.html with GROUP.png and GROUP.md of each of these groups and of those that have records. Returns
     the HTML file."""
@@ -175,11 +213,12 @@ def write_report(folder: Path, groups: list[str]) -> Path:
         os.replace(png, folder / f"{group}.png")
         lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]
         replaced(folder / f"{group}.md", "\n".join(lines) + "\n")
-        cells = [f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r)}</tr>"
-                 for tag, r in [("th", columns), *(("td", r) for r in rows)]]  # fmt: skip
-        parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", f"<table>{''.join(cells)}</table>",
+        parts += [f"<h2>{group}, compared with {BASES[group]}</h2>", html_table(columns, rows),
                   f"<img alt='{group}: curves' src='data:image/png;base64,{image}'>",
                   *(f"<br>{html.escape(line)}" for line in said(group, records))]  # fmt: skip
+    columns, rows = parts_table(records)
+    if rows:
+        parts += ["<h2>What each part changes</h2>", html_table(columns, rows)]
     file = folder / "report.html"
     replaced(file, "\n".join(parts) + "\n")
     return file
