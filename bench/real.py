@@ -89,6 +89,8 @@ def random_network(cls: Any, config: dict[str, Any], dtype: torch.dtype, device:
 class RandomData:
     """Batches as a cache gives them: latents, pixels and encoded prompts, all random, on the device."""
 
+    encodes_text = False
+
     def __init__(self, cfg: Config, adapter: Any, device: torch.device):
         self.side, self.adapter = cfg.model.side, adapter
         self.generator = torch.Generator(device).manual_seed(cfg.seed)
