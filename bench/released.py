@@ -141,8 +141,11 @@ class ReleasedLoop:
         cfg, schedule = self.cfg.isg, self.parts.adapter.schedule
         x, sigma, prev = self.x_tau, self.sigma, self.sigma_prev
         with torch.no_grad():
-            low, high = schedule.unshift(prev) + cfg.margin / 1000, schedule.unshift(sigma) - cfg.margin / 1000
-            mid = schedule.sigma(low + (high - low) * self._uniform("isg.mid", batch))
+            index = cfg.margin_space == "index"  # FLUX's trainer has the margin in sigma
+            ends = (schedule.unshift(prev), schedule.unshift(sigma)) if index else (prev, sigma)
+            low, high = ends[0] + cfg.margin / 1000, ends[1] - cfg.margin / 1000
+            mid = low + (high - low) * self._uniform("isg.mid", batch)
+            mid = schedule.sigma(mid) if index else mid
             guidance = self._uniform("isg.guidance", batch, cfg.guidance_min, cfg.guidance_max)
             x_mid = x + bcast(mid - sigma, x) * self._teacher(x, sigma, batch, guidance)
             x_tar = x_mid + bcast(prev - mid, x) * self._call(self.parts.student, x_mid, mid, batch)
