@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ranks
@@ -128,7 +129,7 @@ def test_a_stuck_process_is_reported_once_with_its_stack():
 @pytest.mark.parametrize("meanwhile", ["nothing", "moves", "ends"])
 def test_what_moves_or_ends_before_the_report_is_not_stuck(meanwhile):
     said: list[str] = []
-    dog = Watchdog(World(), 100, said.append)
+    dog: Any = Watchdog(World(), 100, said.append)
     dog.at -= 101
 
     def others_tell() -> bool:
