@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from senseflow.section import Section, UserError, describe, doc, near
+from senseflow.section import Section, UserError, describe, doc, hints_of, near
 
 __all__ = ["Config", "Section", "UserError", "from_dict", "replace", "settings", "to_dict"]
 
@@ -402,11 +402,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 def settings(config: Config) -> dict[str, tuple[Any, Any, str]]:
     """Every leaf of the config: "section.field" -> (type, value, doc), in order of declaration."""
     found: dict[str, tuple[Any, Any, str]] = {}
-    hints = get_type_hints(Config)
+    hints = hints_of(Config)
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, Section):
-            inner = get_type_hints(type(value))
+            inner = hints_of(type(value))
             for g in fields(value):  # type: ignore[arg-type]
                 key = f"{f.name}.{g.name}"
                 found[key] = (inner[g.name], getattr(value, g.name), g.metadata["doc"])

@@ -69,7 +69,7 @@ def save_student(folder: Path, net: Any, anchors: list[float], cfg: Config, adap
     shutil.rmtree(partial, ignore_errors=True)
     net.save_pretrained(partial / adapter.network)
     if cfg.model.family == "embedded" and adapter.vae is not None:
-        adapter.vae.save_pretrained(partial / "vae")
+        shutil.copytree(adapter.folder / "vae", partial / "vae")  # its files: model.decode may have cast what is loaded
     make_scheduler(adapter.schedule).save_pretrained(partial / "scheduler")
     record = dict(
         anchors=anchors, shift=cfg.model.shift, shift_kind=cfg.model.shift_kind,

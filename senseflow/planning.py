@@ -322,6 +322,7 @@ class Planner:
         self.target, self.iterate, self.make = target, iterate, make_discriminator
         self._parts: dict[Any, Parts] = {}
         self._ledgers: dict[Any, Ledger] = {}
+        self._weights: dict[Any, list[Row]] = {}
         self._states: dict[Any, list[Row]] = {}
         self.text = text_encoder_bytes(cfg)
 
@@ -344,11 +345,13 @@ class Planner:
         """Rows that are there from the start to the end."""
         cfg = replace(cfg, PLAIN)
         parts, ranks = self.parts(replace(cfg, UNSEEN)), self.target.ranks
-        key = (cfg.train.precision, cfg.train.moments, cfg.disc.moments, cfg.optim, cfg.ema)
-        if key not in self._states:
-            self._states[key] = optimizer_rows(cfg, parts, ranks)
-        own = self.parts(replace(cfg, {"disc.moments": "fp32"}))
-        rows = [*weight_rows(cfg, own, ranks), *self._states[key], communication_row(cfg, parts, ranks)]
+        weights = (cfg.model, cfg.train.precision == "fp32")
+        if weights not in self._weights:
+            self._weights[weights] = weight_rows(cfg, self.parts(replace(cfg, {"disc.moments": "fp32"})), ranks)
+        states = (cfg.train.precision, cfg.train.moments, cfg.disc.moments, cfg.optim, cfg.ema)
+        if states not in self._states:
+            self._states[states] = [*optimizer_rows(cfg, parts, ranks), communication_row(cfg, parts, ranks)]
+        rows = [*self._weights[weights], *self._states[states]]
         if self.text and not cached(cfg):
             rows.append(Row("text encoders", f"weights, {cfg.model.dtype}", self.text))
         return rows

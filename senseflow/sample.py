@@ -228,7 +228,7 @@ class Source:
         preset = teacher_preset(args.teacher)
         model = dataclasses.replace(preset.model, teacher=args.teacher, side=args.side or preset.model.side)
         if args.dtype:
-            model = dataclasses.replace(model, dtype=args.dtype)
+            model = dataclasses.replace(model, dtype=args.dtype, decode=args.dtype)
         self.adapter, self.model = make_adapter(model, self.device), model
         self.guidance = preset.eval.teacher_guidance if args.guidance is None else args.guidance
         self.shift = preset.eval.teacher_shift if args.shift is None else args.shift

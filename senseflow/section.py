@@ -6,11 +6,18 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import field, fields
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
     """Bad input: one line that says what, where, and what is allowed."""
+
+
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a section's fields. Kept: a plan's search makes hundreds of configs."""
+    return get_type_hints(kind)
 
 
 def describe(kind: Any) -> str:
@@ -54,7 +61,7 @@ class Section:
 
     def __post_init__(self) -> None:
         prefix = f"{self.NAME}." if self.NAME else ""
-        hints = get_type_hints(type(self))
+        hints = hints_of(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):

@@ -63,7 +63,7 @@ class Student:
         return str(self.folder) if whole else self.model.teacher
 
     def adapter(self, source: str = "", dtype: str = "", device: torch.device | None = None) -> Any:
-        """Its family's adapter, computing in dtype ("fp32", "bf16"; "": as in training)."""
+        """Its family's adapter, computing and decoding in dtype ("fp32", "bf16"; "": as in training)."""
         device, model = device or default_device(), self.model
         if model.family == "embedded":
             if dtype not in ("", "fp32"):
@@ -71,7 +71,7 @@ class Student:
             home = self.folder or teacher_folder(self.teacher(source))
             return EmbeddedAdapter(model.shift, model.shift_kind, str(device), load_vae(home, device), home)
         if dtype:
-            model = dataclasses.replace(model, dtype=dtype)
+            model = dataclasses.replace(model, dtype=dtype, decode=dtype)
         return make_adapter(model, device, self.teacher(source))
 
     def network(self, adapter: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:

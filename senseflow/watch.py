@@ -89,9 +89,12 @@ class Watchdog:
     def _watch(self) -> None:
         while not self.ended.wait(min(self.seconds / 4, 15)):
             self._tell()
-            if time.monotonic() - self.at > self.seconds and self.reported != self.count:
-                self.ended.wait(min(self.seconds / 4, 15))  # until all have told where they stand
-                self.reported = self.count
+            count = self.count
+            if time.monotonic() - self.at > self.seconds and self.reported != count:
+                ended = self.ended.wait(min(self.seconds / 4, 15))  # until all have told where they stand
+                if ended or self.count != count:  # it moved after all
+                    continue
+                self.reported = count
                 self.say(self._report())
 
     def _tell(self) -> None:

@@ -1,14 +1,19 @@
 """Every real family through the whole run on a tiny random pipeline: train, resume, sample, reopen in diffusers."""
 
+import gc
 import json
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow import train
+from senseflow.cli import parse
 from senseflow.config import UserError
 from senseflow.export import main as export_main
+from senseflow.models import loading
 from senseflow.presets import PRESETS
 from senseflow.sample import load_student
 from senseflow.sample import main as sample_main
@@ -89,6 +94,40 @@ def test_the_student_opens_in_diffusers(preset, folders, tmp_path):
         assert not reopened.config.guidance_embeds
 
 
+@pytest.mark.parametrize("preset", ["sd35-large", "flux-dev", "sdxl", "flux2-klein"])
+def test_what_is_in_memory_once_a_run_is_built(preset, folders, monkeypatch):
+    """Text encoders are gone, and freed without a collection, before a network is loaded: what is still needed of them
+    has been encoded. The backbone's matrices are in the arithmetic's dtype, its norms in fp32."""
+    encoders, before, load, make = [], [], loading.load_component, train.make_networks
+
+    def loaded(cls, source, part, *args, **kwargs):
+        found = load(cls, source, part, *args, **kwargs)
+        if part.startswith("text_encoder"):
+            encoders.append(weakref.ref(found))
+        return found
+
+    def made(*args, **kwargs):
+        before.extend(encoder() for encoder in encoders)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "load_component", loaded)
+    monkeypatch.setattr(train, "make_networks", made)
+    flags = ["--teacher", str(folders[preset]), *SMALL, "--model.dtype", "bf16"]
+    gc.collect()
+    gc.disable()
+    try:
+        parts: Any = train.build(parse([preset, *flags], "").config, torch.device("cpu"))[0]
+    finally:
+        gc.enable()
+    assert before and not any(before) and "text" not in vars(parts.adapter)
+    parts.adapter.uncond(2)
+    assert len(parts.shown) == 2 and "text" not in vars(parts.adapter)
+    block = parts.vfm.blocks[0]
+    linear = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 4 and {m.weight.dtype for m in linear} == {torch.bfloat16}
+    assert block.norm1.weight.dtype == torch.float32
+
+
 def test_dmd2_baseline_of_a_real_family(folders, tmp_path):
     assert main(["sdxl-dmd2", "--teacher", str(folders["sdxl"]), "--out", str(tmp_path / "run"), *SMALL,
                  "--train.iterations", "1"]) == 0  # fmt: skip
@@ -108,7 +147,6 @@ def test_bf16_stays_near_fp32(folders, tmp_path):
 
 
 def test_what_is_missing_is_said(folders, tmp_path):
-    from senseflow.cli import parse
     from senseflow.train import build
 
     with pytest.raises(UserError, match="family 'flux' needs a diffusers folder or a hub id: --teacher PATH"):

@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ranks
@@ -122,6 +124,23 @@ def test_a_stuck_process_is_reported_once_with_its_stack():
         hold(free)
     assert len(said) == 1
     assert "stuck: rank 0 in data of iteration 3; the stack of rank 0:" in said[0] and "in hold" in said[0]
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "moves", "ends"])
+def test_what_moves_or_ends_before_the_report_is_not_stuck(meanwhile):
+    said: list[str] = []
+    dog: Any = Watchdog(World(), 100, said.append)
+    dog.at -= 101
+
+    def others_tell() -> bool:
+        if meanwhile == "moves":
+            dog.beat("iteration 2")
+        return meanwhile == "ends"
+
+    waits = iter([lambda: False, others_tell, lambda: True])
+    dog.ended = SimpleNamespace(wait=lambda _: next(waits)())
+    dog._watch()
+    assert len(said) == (meanwhile == "nothing")
 
 
 def stall(world: World, out: Path) -> None:

@@ -127,6 +127,7 @@ def test_persistent_tensors_to_the_byte(preset, storage, folders):
         state = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
         size = sum(t.numel() * t.element_size() for t in state)
         assert found[name]["moments"] + found[name].get("other half of the weights", 0) == size, name
+        assert any("exponent" in key for s in optimizer.state.values() for key in s) == (storage == "8bit"), name
     assert found["student"]["EMA"] == sum(t.numel() * 4 for t in updates.ema.shadow)
 
 

@@ -14,6 +14,7 @@ from test_export import PRESETS
 
 from senseflow import sample
 from senseflow.sample import main, read_png, shares
+from senseflow.student import find_student
 
 pytest.importorskip("diffusers")
 FILE = "red apple\n\n  penguin \nblue star\na photo of a red star\n"
@@ -176,6 +177,11 @@ def test_dtype(made, tmp_path):
     a, b = (pictures(tmp_path / name)["000-red-apple.png"].float() for name in "ab")
     gap = (a - b).abs().mean() / a.std()
     assert 0 < gap < 0.1  # 2^-8 a layer, some ten layers, four steps
+    student = find_student(made / "run")
+    assert student.model.decode == "bf16"
+    for dtype in (torch.float32, torch.bfloat16):  # of the decoder too, however it decoded in training
+        adapter = student.adapter(dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
+        assert {p.dtype for p in adapter.vae.decoder.parameters()} == {dtype} and adapter.dtype == dtype
 
 
 def test_bad_input_is_one_line(made, tmp_path, capsys, monkeypatch):

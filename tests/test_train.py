@@ -250,7 +250,8 @@ def test_every_option_runs(run, tmp_path, flags):
 
 
 def test_a_vae_in_the_teacher_folder_is_used_end_to_end(teacher, cache, tmp_path, monkeypatch):
-    """A random AutoencoderKL: latents 4x16x16, gradients through its decoder, the student's folder."""
+    """A random AutoencoderKL: latents 4x16x16, gradients through its decoder, the student's folder, where its weights
+    are the teacher's own bytes though training decodes in bf16."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     from senseflow.models.embedded import EmbeddedAdapter, load_vae
@@ -274,11 +275,14 @@ def test_a_vae_in_the_teacher_folder_is_used_end_to_end(teacher, cache, tmp_path
     assert latents.grad is not None and latents.grad.abs().min() > 0
     monkeypatch.setenv("SENSEFLOW_CACHE", str(cache))
     out = tmp_path / "run"
-    assert main(["--teacher", str(folder), "--out", str(out), *SMALL, "--train.iterations", "2"]) == 0
+    more = ["--train.iterations", "2", "--model.decode", "bf16"]
+    assert main(["--teacher", str(folder), "--out", str(out), *SMALL, *more]) == 0
     from senseflow.sample import load_student
 
     restored, _, record = load_student(out)
     assert restored.latent_shape == (4, 16, 16) and record["anchors"][0] == 1.0
+    weights = [home / "vae" / "diffusion_pytorch_model.safetensors" for home in (folder, out / "student")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_profile_writes_a_trace_and_a_table(run, tmp_path, capsys):

@@ -98,8 +98,8 @@ def test_one_pass_is_torchs_three_sweeps_within_rounding(folder):
 
 
 @pytest.mark.parametrize("flags", [
-    SPLIT, ("--train.precision", "stochastic", "--train.moments", "8bit"), (*SPLIT, "--optim.in_backward", "true"),
-    (*SPLIT, "--optim.host", "true", "--train.moments", "bf16"),
+    SPLIT, ("--train.precision", "stochastic", "--train.moments", "8bit", "--disc.moments", "8bit"),
+    (*SPLIT, "--optim.in_backward", "true"), (*SPLIT, "--optim.host", "true", "--train.moments", "bf16"),
 ], ids=" ".join)  # fmt: skip
 def test_a_resumed_run_has_the_bits_of_a_whole_one(flags, folder, tmp_path):
     """2 iterations, a checkpoint, 1 more: weights, halves, moments, EMA. Weights are bf16, and every one moved."""
