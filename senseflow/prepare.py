@@ -223,6 +223,7 @@ def settings_of(options: Options, cfg: Config, items: Items, maker: Maker) -> di
     out |= {k: getattr(options, k) for k in ("latents", "latents_dtype", "pixels", "shard", "batch")}
     features = {"disc.backbone": d.backbone, "disc.taps": list(d.taps), "disc.size": d.size}
     teacher = {"steps": options.teacher_samples, "guidance": e.teacher_guidance, "shift": e.teacher_shift}
+    teacher |= {"decode": cfg.model.decode}
     kind = "source" if items.source.has_images else "teacher" if options.teacher_samples else "none"
     return out | {
         "images": kind, "source": items.fingerprint, "decoder": decoder,
