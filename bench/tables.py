@@ -277,6 +277,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
         ("ours", "ours, compile", "released", "released, compiled"),
     ),
     "step-tiny": lambda: step_rows("step-tiny", [*STEP, *FORWARDS]),
+    "step-tiny-intel": lambda: step_rows("step-tiny-intel", [*STEP, *FORWARDS]),
     "step-savings": lambda: step_rows("step-savings", [*STEP, *FORWARDS]),
     "step-modelopt": lambda: step_rows("step-modelopt", [*STEP, *FORWARDS[:3]]),
     "step-fastgen": lambda: step_rows("step-fastgen", [*STEP, *FORWARDS[:3]]),
