@@ -25,7 +25,8 @@ from torch import Tensor
 from bench.harness import environment
 from senseflow.algo.dmd import teacher_predictions
 from senseflow.cli import parse
-from senseflow.config import Config, UserError, replace
+from senseflow.config import Config, UserError
+from senseflow.fields import replace
 from senseflow.flow import add_noise
 from senseflow.flow import cfg as guided
 from senseflow.logs import print_table

@@ -28,7 +28,8 @@ from senseflow import checkpoint
 from senseflow.ablation.report import write_report
 from senseflow.ablation.rows import BASES, GROUPS, Row, command, rows_of
 from senseflow.cli import Arguments, parse
-from senseflow.config import Config, UserError, from_dict, to_dict
+from senseflow.config import Config, UserError
+from senseflow.fields import from_dict, to_dict
 from senseflow.logs import Diverged, Monitors
 from senseflow.resuming import FREE, flat
 from senseflow.train import train

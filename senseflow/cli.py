@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from senseflow.config import Config, UserError, replace, settings
+from senseflow.config import Config, UserError
+from senseflow.fields import replace, settings
 from senseflow.presets import PRESETS
 from senseflow.section import describe, near, span
 

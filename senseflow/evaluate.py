@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.cli import status_of
-from senseflow.config import Config, UserError, replace
+from senseflow.config import Config, UserError
 from senseflow.data.emoji import EmojiSet, default_names, load_variants, pick_variants, to_float, to_uint8
 from senseflow.data.packages import cache_folder
+from senseflow.fields import replace
 from senseflow.metrics import (
     AlignmentModel,
     ScoreNet,

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from senseflow.config import Config, UserError, replace, settings
+from senseflow.config import Config, UserError
+from senseflow.fields import replace, settings
 from senseflow.memory import GB, cells
 from senseflow.planning import Plan, Planner
 

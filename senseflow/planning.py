@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from senseflow.algo.isg import ErrorCurve
-from senseflow.config import Config, UserError, replace
+from senseflow.config import Config, UserError
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
+from senseflow.fields import replace
 from senseflow.memory import CUDA_ROUNDING, GB, Ledger, Row, device_bytes, nbytes
 from senseflow.meta import StandsFor, Uninitialised
 from senseflow.models.adapter import Condition

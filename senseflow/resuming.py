@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from senseflow import checkpoint
-from senseflow.config import Config, UserError, from_dict, to_dict
+from senseflow.config import Config, UserError
 from senseflow.dist import World
+from senseflow.fields import from_dict, to_dict
 from senseflow.logs import Diverged
 from senseflow.updates import Updates
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from senseflow import checkpoint
-from senseflow.config import Model, UserError, from_dict
+from senseflow.config import Model, UserError
+from senseflow.fields import from_dict
 from senseflow.flow import DiffusionSchedule, FlowSchedule
 from senseflow.model_card import FAMILIES
 from senseflow.models import lora

@@ -21,7 +21,7 @@ from senseflow.algo.discriminator import FakeFeatureDiscriminator, VFMDiscrimina
 from senseflow.algo.isg import ErrorCurve, measure_error_curve
 from senseflow.cli import Arguments, extra_named, parse
 from senseflow.compiling import compile_parts, uncompiled
-from senseflow.config import Config, UserError, to_dict
+from senseflow.config import Config, UserError
 from senseflow.data.batches import EmbeddedData
 from senseflow.data.cache import is_cache, open_cache
 from senseflow.data.emoji import load_variants
@@ -29,6 +29,7 @@ from senseflow.data.stream import open_stream
 from senseflow.dist import World
 from senseflow.draws import Draws
 from senseflow.evaluate import Look, grid_captions, make_evaluator, teacher_pictures
+from senseflow.fields import to_dict
 from senseflow.graphs import advance
 from senseflow.iteration import iterate
 from senseflow.logs import Diverged, MetricRing, Monitors, NoLog, RunLog, print_table

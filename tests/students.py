@@ -9,8 +9,8 @@ from tiny_pipelines import write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow import checkpoint
 from senseflow.cli import parse
-from senseflow.config import to_dict
 from senseflow.export import save_student
+from senseflow.fields import to_dict
 from senseflow.models import lora
 from senseflow.models.families import make_adapter
 

@@ -19,7 +19,8 @@ from senseflow.ablation.report import band, differences, parts_table, read_recor
 from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
 from senseflow.ablation.stats import holm, mean_and_half_width, paired
 from senseflow.cli import parse
-from senseflow.config import UserError, to_dict
+from senseflow.config import UserError
+from senseflow.fields import to_dict
 from senseflow.logs import FATAL, Diverged
 
 

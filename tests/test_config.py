@@ -14,7 +14,8 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from senseflow.cli import TRAIN_EXTRA, extra_named, parse
-from senseflow.config import Config, UserError, from_dict, replace, settings, to_dict
+from senseflow.config import Config, UserError
+from senseflow.fields import from_dict, replace, settings, to_dict
 from senseflow.presets import PRESETS
 
 

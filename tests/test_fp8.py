@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from senseflow import planning, train
-from senseflow.config import UserError, replace
+from senseflow.config import UserError
+from senseflow.fields import replace
 from senseflow.iteration import iterate
 from senseflow.models import fp8
 from senseflow.models.families import make_adapter, make_networks

@@ -7,10 +7,10 @@ import torch
 from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.cli import parse
-from senseflow.config import replace
 from senseflow.data.batches import Batch
 from senseflow.data.emoji import to_float
 from senseflow.draws import Draws
+from senseflow.fields import replace
 from senseflow.models.families import make_adapter
 from senseflow.models.lora import lora_pair, trainable
 from senseflow.steps import (

@@ -8,9 +8,9 @@ import torch
 
 from senseflow import steps
 from senseflow.algo.isg import ErrorCurve
-from senseflow.config import replace
 from senseflow.data.batches import Batch
 from senseflow.draws import Draws
+from senseflow.fields import replace
 from senseflow.flow import DiffusionSchedule, FlowSchedule, add_noise, euler_step, omega, prediction_to_x0
 from senseflow.models.adapter import Condition
 from senseflow.presets import PRESETS

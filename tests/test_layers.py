@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # A name covers what is below it, the longest match counts. Two leaves of floor 2's folders lie a
 # floor lower, as models and data both stand on them: so neither folder needs the other.
 FLOORS = {
-    0: "senseflow_kernels senseflow senseflow.section senseflow.config senseflow.meta",
+    0: "senseflow_kernels senseflow senseflow.section senseflow.config senseflow.fields senseflow.meta",
     1: "senseflow.flow senseflow.dist senseflow.logs senseflow.profiling senseflow.profile_page senseflow.presets"
     " senseflow.cli senseflow.memory senseflow.watch senseflow.data.packages senseflow.models.adapter",
     2: "senseflow.models senseflow.data senseflow.optim senseflow.checkpoint senseflow.saving senseflow.metrics"

@@ -10,7 +10,8 @@ from tiny_pipelines import few_pictures, write_flux, write_klein, write_sd3, wri
 from senseflow import checkpoint, train
 from senseflow.algo.ida import ida_update
 from senseflow.cli import parse
-from senseflow.config import Lora, UserError, from_dict
+from senseflow.config import Lora, UserError
+from senseflow.fields import from_dict
 from senseflow.models.flux import FluxAdapter, pack, unpack
 from senseflow.models.flux2 import Flux2Adapter
 from senseflow.models.lora import (

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from senseflow import meta, planning, train
 from senseflow.cli import parse
-from senseflow.config import UserError, replace
+from senseflow.config import UserError
+from senseflow.fields import replace
 from senseflow.fitting import flags, report, smallest, thriftier
 from senseflow.iteration import iterate
 from senseflow.memory import GB, Ledger, Row, nbytes

@@ -11,11 +11,12 @@ from data_sets import jpeg, write_bad_folder, write_folder
 from tiny_pipelines import write_flux, write_klein, write_sd3, write_sdxl
 
 from senseflow.cli import parse
-from senseflow.config import UserError, to_dict
+from senseflow.config import UserError
 from senseflow.data.cache import CHOICES, CacheReader, read_row
 from senseflow.data.samples import BadSample
 from senseflow.dist import World
 from senseflow.encoding import Options
+from senseflow.fields import to_dict
 from senseflow.models.families import make_adapter
 from senseflow.prepare import main as prepare
 from senseflow.steps import encoded as with_latents

@@ -11,7 +11,7 @@ from bench.step import LEAN, own_copy
 from senseflow import steps, train
 from senseflow.algo.discriminator import FakeFeatureDiscriminator
 from senseflow.cli import parse
-from senseflow.config import replace as changed
+from senseflow.fields import replace as changed
 from senseflow.flow import add_noise
 from senseflow.steps import (
     discriminator_loss,

@@ -15,8 +15,9 @@ from test_checkpoint import killed_at, names
 
 from senseflow import checkpoint
 from senseflow.checkpoint import load_latest, newest
-from senseflow.config import UserError, to_dict
+from senseflow.config import UserError
 from senseflow.dist import World
+from senseflow.fields import to_dict
 from senseflow.presets import tiny
 from senseflow.resuming import check_config, is_best
 from senseflow.saving import Saver
