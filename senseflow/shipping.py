@@ -1,8 +1,9 @@
-"""The student as it is looked at and shipped: its EMA where there is one, whole where it is sharded."""
+"""The student as it is looked at and shipped: its EMA where there is one, whole where it is sharded; xi(t) as drawn."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from senseflow.algo.isg import ErrorCurve
 from senseflow.config import Config
 from senseflow.dist import local, whole
 from senseflow.export import save_student
@@ -86,3 +88,17 @@ def ship(cfg: Config, parts: Parts, updates: Updates, out: Path) -> None:
         save_lora(net, out / "lora" / "pytorch_lora_weights.safetensors")
         net = merged(net)
     save_student(out / "student", net, parts.anchors, cfg, parts.adapter)
+
+
+def save_curve(curve: ErrorCurve, anchors: list[float], out: Path) -> None:
+    """xi(sigma), the teacher's measured reconstruction error, as xi.json and xi.png with the anchors marked."""
+    from matplotlib.figure import Figure
+
+    points = {"sigma": curve.sigmas.tolist(), "xi": curve.xi.tolist()}
+    (out / "xi.json").write_text(json.dumps(points) + "\n")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="sigma", ylabel="mean (x0_hat - x0)^2")
+    axes.plot(points["sigma"], points["xi"])
+    for anchor in anchors:
+        axes.axvline(anchor, linewidth=0.5, color="grey")
+    figure.savefig(out / "xi.png")

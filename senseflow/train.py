@@ -42,7 +42,7 @@ from senseflow.models.vfm import cast_once, find_dinov2
 from senseflow.profiling import Profiler
 from senseflow.resuming import check_config, is_best, read_state, resumed, roll_back
 from senseflow.saving import Saver
-from senseflow.shipping import looking, ship, skeleton_of
+from senseflow.shipping import looking, save_curve, ship, skeleton_of
 from senseflow.steps import Parts, encoded, keep_reference, phased, text_vector
 from senseflow.updates import Updates, drift
 from senseflow.watch import INTERRUPTED, Stop, Watchdog, say_alone
@@ -130,20 +130,6 @@ def build(cfg: Config, device: torch.device, world: World | None = None) -> tupl
         parts.curve = ErrorCurve(parts.curve.sigmas, world.mean(parts.curve.xi))
     keep_reference(parts, cfg, data)
     return parts, data
-
-
-def save_curve(curve: ErrorCurve, anchors: list[float], out: Path) -> None:
-    """xi(sigma), the teacher's measured reconstruction error, as xi.json and xi.png with the anchors marked."""
-    from matplotlib.figure import Figure
-
-    points = {"sigma": curve.sigmas.tolist(), "xi": curve.xi.tolist()}
-    (out / "xi.json").write_text(json.dumps(points) + "\n")
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="sigma", ylabel="mean (x0_hat - x0)^2")
-    axes.plot(points["sigma"], points["xi"])
-    for anchor in anchors:
-        axes.axvline(anchor, linewidth=0.5, color="grey")
-    figure.savefig(out / "xi.png")
 
 
 def plan(cfg: Config, ranks: int = 1) -> int:
