@@ -166,7 +166,7 @@ def test_the_script_of_one_node_goes_on_after_a_signal_to_torchrun(start, tmp_pa
     assert run.wait() == 0, log_of(tmp_path)
     said = log_of(tmp_path)
     assert "attempt 1 ended with status 1" in said and said.count(f"resumed from {out}/checkpoints/step-") == 1
-    assert "and saved: go on with --resume" in said and newest(out) == (30, 2)
+    assert "and saved: go on with the same command and --resume" in said and newest(out) == (30, 2)
 
 
 def test_slurm_requeues_a_preempted_job_and_it_goes_on(start, tmp_path):
