@@ -160,7 +160,7 @@ def draw(group: str, records: Records, file: Path) -> None:
                 low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
                 (line,) = axes.plot(x, mean, label=row.title, linewidth=1.5)
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        if k == 0:
+        if k == 0 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=100)
 
