@@ -87,7 +87,8 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
             continue
         ends = [([r["final"][k] for r in runs if k in r["final"]], digits) for k, _, digits in SCORES]
         cells = [interval(values, digits) if values else "-" for values, digits in ends]
-        cells.append(interval([r["best"][TESTED] for r in runs if TESTED in r["best"]], 1))
+        best = [r["best"][TESTED] for r in runs if TESTED in r["best"]]  # none: all ended before they were scored
+        cells.append(interval(best, 1) if best else "-")
         for name in ("fake_real_gap", "ida_drift"):
             values = [late(r["curves"][name]) for r in runs if name in r["curves"]]
             cells.append(interval(values, 3) if values else "-")
