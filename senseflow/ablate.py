@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)}: allowed is 1 or more")
         args.groups = list(GROUPS) if "all" in args.groups else args.groups
+        rows_of(args.groups)  # a group of a wrong name, before --report-only leaves it out unsaid
         status = 0 if args.report_only else run_all(args)
         print(f"report: {write_report(args.records, args.groups)}", flush=True)
         return status

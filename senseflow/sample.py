@@ -236,6 +236,13 @@ class Source:
         self.about = dict(teacher=args.teacher, sampler="euler", steps=self.steps, guidance=self.guidance,
                           shift=self.shift)  # fmt: skip
 
+    @property
+    def calls(self) -> int:
+        """Network calls of a picture: guidance is a second one, but where the network embeds it (FLUX.1)."""
+        if self.student is not None:
+            return len(self.anchors)
+        return self.steps * (1 if self.guidance == 1 or self.model.family == "flux" else 2)
+
     def network(self) -> nn.Module:
         if self.student is not None:
             return self.student.network(self.adapter)

@@ -63,8 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metrics", nargs="+", default=["all"], help=f"all, or some of: {', '.join(METRICS)}")
     add("--weights", action="append", default=[], metavar="NAME=PATH", help="path or hub id of a metric's network: "
         "inception, clip, hpsv2, hpsv2.1, pickscore, pickscore-processor, imagereward, bert, lpips")  # fmt: skip
-    add("--write", metavar="NAME=CLONE", help=f"pictures for {', '.join(IMAGES)}; CLONE: of its repository")
-    add("--read", action="append", default=[], metavar="NAME=PATH", help="a benchmark's own results, into the table")
+    add("--write", action="append", metavar="NAME=CLONE",
+        help=f"pictures for one of {', '.join(IMAGES)}; CLONE: of its repository")  # fmt: skip
+    add("--read", action="append", default=[], metavar="NAME=PATH",
+        help="a benchmark's own results, beside what OUT/results.json says of the same student already")  # fmt: skip
     add(
         "--published", choices=("auto", "sdxl", "sd35", "flux", "none"), default="auto", help="the paper's rows to show"
     )
@@ -78,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="pictures at a time")
     add("--dtype", choices=tuple(sample.DTYPES), default="", help="of the arithmetic; default: as trained")
     add("--out", type=Path, help="folder; default STUDENT/evaluation, or PICTURES-evaluation")
+    add("--make-reference", type=Path, help="the embedded teacher's, into this folder; beside it --teacher alone")
     return parser
 
 
@@ -100,9 +103,15 @@ class Run:
 
         self.args, self.device = args, default_device()
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if args.make_reference:
+            raise UserError("--make-reference: allowed beside it is --teacher alone")
         for name, low in (("batch", 1), ("images", 0), ("limit", 0)):
             if getattr(args, name) < low:
                 raise UserError(f"--{name} {getattr(args, name)}: allowed is {low} or more")
+        for name, most in (("steps", 8), ("teacher_steps", 1000)):  # as senseflow.sample has it
+            steps = getattr(args, name)
+            if steps is not None and not 1 <= steps <= most:
+                raise UserError(f"--{name.replace('_', '-')} {steps}: allowed is 1 to {most}")
         if args.student and args.pictures:
             raise UserError("--student and --pictures: allowed is one of them")
         base = args.student / "evaluation" if args.student else None
@@ -192,7 +201,7 @@ def make(run: Run, name: str, words: list[str], files: list[Path], record: Path,
     source = sample.Source(sampler_args(run, name == "teacher"), run.device)
     source.args.batch = max(run.args.batch // images, 1) * images  # a prompt's pictures in one process
     about = dict(seed=source.args.seed, **source.about)
-    run.generation[name] = about
+    run.generation[name] = about | dict(calls=source.calls)
     rows = [
         dict(file=str(file.relative_to(record.parent)), index=i, prompt=word, **about)
         for i, (file, word) in enumerate(zip(files, words, strict=True))
@@ -222,7 +231,7 @@ def picture_sets(run: Run, prompts: list[str] | None) -> dict[str, PictureSet]:
         sets["student"] = picture_folder("student", args.pictures, repeated)
     elif args.student:
         if prompts is None:
-            raise UserError("prompts come from one of --coco, --prompts, --prompts-file and --embedded")
+            raise UserError("prompts come from one of --coco, --prompts, --prompts-file, --data and --embedded")
         sets["student"] = generated(run, "student", prompts, images)
     else:
         raise UserError("nothing to score: give --student RUN or --pictures FOLDER")
@@ -295,7 +304,9 @@ def write_benchmark(run: Run) -> None:
     """--write: the pictures of a benchmark, its metadata, and the command that comes next."""
     if not run.args.student:
         raise UserError("--write needs --student RUN")
-    ((name, clone),) = pairs([run.args.write], "--write", list(IMAGES)).items()
+    if run.args.read or len(run.args.write) > 1:
+        raise UserError("--write: allowed is one benchmark a command, without --read")
+    ((name, clone),) = pairs(run.args.write, "--write", list(IMAGES)).items()
     out = run.out / name
     plan = layout(name, Path(clone), out, run.args.images, run.args.limit)
     make(run, "student", plan.prompts, plan.files, out / "samples.jsonl", run.args.images or IMAGES[name])
@@ -309,6 +320,15 @@ def write_benchmark(run: Run) -> None:
         side = write_dpg_grids(plan.files, out)
         print(f"{name}: one picture of a grid has {side} pixels")
     print(f"{name}: {len(plan.files)} pictures in {out}; next, in {clone}: {plan.hint}", flush=True)
+
+
+def earlier(file: Path, of: str) -> dict[str, Any]:
+    """An earlier results.json of the same student or folder of pictures; empty where there is none."""
+    try:
+        record = json.loads(file.read_text())
+        return record if record["of"] == of and isinstance(record["benchmarks"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def score(run: Run) -> None:
@@ -328,13 +348,16 @@ def score(run: Run) -> None:
         print(f"process {run.rank}: done; the last one writes the results", flush=True)
         return
     family = sample.find_student(run.args.student).model.family if run.args.student else "none"
-    words = sets["student"].prompts if sets else []
+    words, of = sets["student"].prompts if sets else [], str(run.args.student or run.args.pictures or "")
+    before = earlier(run.out / "results.json", of)
     record = dict(
-        of=str(run.args.student or run.args.pictures), family=family, scores=scored, benchmarks=read,
+        of=of, family=family, scores=scored, benchmarks=before.get("benchmarks", {}) | read,
         missing=run.missing, generation=run.generation, pictures={k: len(v.files) for k, v in sets.items()},
         images_of_a_prompt=sets["student"].images if sets else 0,
         prompts_sha256=hashlib.sha256("\n".join(words).encode()).hexdigest(), versions=versions(),
     )  # fmt: skip
+    if not sets and before:  # no picture was scored now: what was, stays
+        record = before | dict(benchmarks=record["benchmarks"])
     run.out.mkdir(parents=True, exist_ok=True)
     partial = run.out / f".results.{os.getpid()}"
     partial.write_text(json.dumps(record, indent=1) + "\n")

@@ -16,8 +16,8 @@ from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import ablate, checkpoint
 from senseflow.ablation.report import band, differences, parts_table, read_records, table, write_report
-from senseflow.ablation.rows import BASES, GROUPS, command, rows_of
-from senseflow.ablation.stats import holm, mean_and_half_width, paired
+from senseflow.ablation.rows import BASES, GROUPS, PARTS, command, rows_of
+from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 from senseflow.cli import parse
 from senseflow.config import UserError
 from senseflow.fields import to_dict
@@ -39,7 +39,7 @@ def test_interval_and_paired_test_are_scipys():
 
 
 def test_holm_by_hand():
-    """p = .01, .02, .04 of three rows: .03, .04, .04; never falling, at most 1."""
+    """p = .01, .02, .04 of three rows: .03, .04, .04; never falling, at most 1: .02, .021 and .6: .06, .06, .6."""
     made = {n: paired({0: 0.0, 1: 1.0}, {0: 1.0, 1: 3.0}) for n in "abcd"}
     given = {
         n: type(d)(d.mean, d.half, d.seeds, p) for (n, d), p in zip(made.items(), (0.02, 0.01, 0.04, None), strict=True)
@@ -48,6 +48,9 @@ def test_holm_by_hand():
     assert [found[n].adjusted for n in "bac"] == pytest.approx([0.03, 0.04, 0.04])
     assert found["d"].adjusted is None and not found["d"].significant and found["e"] is None
     assert found["b"].significant
+    for given, adjusted in (((0.021, 0.02, 0.6), (0.06, 0.06, 0.6)), ((0.7, 0.8, 0.9), (1, 1, 1))):
+        rows = holm({n: Difference(0.0, 0.0, 2, p) for n, p in zip("abc", given, strict=True)})
+        assert [d.adjusted for d in rows.values() if d] == pytest.approx(adjusted)
 
 
 def test_every_row_is_a_valid_run_of_as_many_student_updates():
@@ -65,6 +68,12 @@ def test_every_row_is_a_valid_run_of_as_many_student_updates():
     assert len(names) == len(set(names))
     with pytest.raises(UserError, match="unknown group 'cores', did you mean 'core'"):
         rows_of(["cores"])
+    sets = {row.name: parse(list(row.flags), "").config for rows in GROUPS.values() for row in rows}
+    parts = {name: (c.ida.lam, c.isg.weight, c.disc.kind) for name, c in sets.items()}
+    on, off = (0.97, 1.0, "vfm"), (1.0, 0.0, "fake_features")
+    for words, row, base in PARTS:  # the first row has the part, the second all else
+        k = ("IDA", "ISG", "VFM").index(words[:3])
+        assert parts[row][k] == on[k] and parts[base] == (*parts[row][:k], off[k], *parts[row][k + 1 :])
 
 
 def made_record(row, seed, kid, status="done"):
@@ -91,6 +100,10 @@ def test_table_and_bands_from_records(tmp_path):
     assert by_title["DMD2 +IDA"]["dithered KID x1000"] == "-" and by_title["DMD2"]["fake-real gap"] == "4.000 +- 0.000"
     expected = scipy_stats.ttest_rel(scores["dmd2"], scores["full"]).pvalue  # the only p: Holm leaves it
     assert differences("core", records)["dmd2"].adjusted == pytest.approx(expected)
+    two = records | {"full-no-ida": {s: made_record("full-no-ida", s, 12.0 + s**2) for s in range(3)}}
+    p = [scipy_stats.ttest_rel(scores["full"], other).pvalue for other in (scores["dmd2"], [12, 13, 16])]
+    both = differences("core", two)
+    assert {row: d.adjusted for row, d in both.items() if d} == pytest.approx({"dmd2": 2 * p[0], "full-no-ida": p[1]})
     x, mean, half = band(list(records["full"].values()), "eval/kid")
     assert (x, mean) == ([0, 4], [50.0, 13.0]) and half[0] == 0
     assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
@@ -190,6 +203,14 @@ def test_a_divergence_is_recorded_and_a_stopped_run_is_held_to_its_settings(tmp_
 TOY = ["data.images=pictures", "eval.prompts=4", "eval.teacher_steps=1", "eval.grid=2", "data.batch=2",
        "log.every=1", "log.progress=false", "disc.taps=2", "disc.width=8", "disc.size=28",
        "train.gen_every=2"]  # fmt: skip
+
+
+def test_a_group_of_no_record_is_drawn_and_a_wrong_name_is_said(tmp_path, capsys, recwarn):
+    where = ["--report-only", "--records", str(tmp_path)]
+    assert ablate.main(["cores", *where]) == 2 and "unknown group 'cores'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    assert ablate.main(["core", *where]) == 0 and (tmp_path / "core.png").is_file()
+    assert not [w for w in recwarn if "legend" in str(w.message)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What README and docs say is what the committed files and the code say; the drop-in page's code runs."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -32,6 +33,23 @@ def test_a_changed_number_a_dead_link_and_a_gone_name_are_found(tmp_path, monkey
         "none.md is not there", "page.md#other has no such heading"]  # fmt: skip
     assert docs.check_names(page) == ["docs/page.md: docs/../code.py has no gone"]
     assert docs.check_numbers(page, True) == [] and "| x | 2 |" in page.read_text()
+
+
+def test_a_report_of_other_records_is_found(tmp_path, monkeypatch):
+    from senseflow.ablation import report
+
+    folder = tmp_path / "docs" / "ablation"
+    (folder / "runs").mkdir(parents=True)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.check_report() == []
+    for row, kid in (("dmd2", 3.0), ("dmd2-ida", 2.0)):
+        record = dict(row=row, seed=0, status="done", final={"eval/kid": kid}, best={}, curves={"eval/kid": [[0, kid]]})
+        (folder / "runs" / f"{row}.json").write_text(json.dumps(record))
+    assert [line.split()[1] for line in docs.check_report()] == ["core", "parts"]
+    report.write_report(folder, [])
+    assert docs.check_report() == []
+    (folder / "runs" / "dmd2.json").write_text((folder / "runs" / "dmd2.json").read_text().replace("3.0", "4.0"))
+    assert [line.split()[1] for line in docs.check_report()] == ["core", "parts"]
 
 
 @pytest.mark.parametrize(("value", "digits", "text"), [(0.868, 3, ".868"), (-0.25, 2, "-.25"), (-10.2, 0, "-10")])

@@ -129,6 +129,9 @@ def test_a_teacher_by_itself(preset, tmp_path):
     published = {"sd35-medium": (7.0, 3.0), "flux-dev": (3.5, 1.15), "sdxl": (5.0, 1.0), "flux2-klein": (4.0, 2.02335)}
     assert (row["guidance"], row["shift"], row["steps"]) == (*published[preset], 2)
     assert not same(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
+    for words, calls in (([], 2 if preset == "flux-dev" else 4), (["--guidance", "1"], 2)):  # FLUX.1 embeds guidance
+        args = sample.build_parser().parse_args([*base, "--sampler", "euler", *words])
+        assert sample.Source(args, torch.device("cpu")).calls == calls
 
 
 def test_the_embedded_teacher_and_captions(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def test_every_metric_whose_weights_are_there(made, tmp_path, capsys, monkeypatc
     assert record["missing"]["fid"].startswith("compares with real pictures")
     assert "hpsv2.1" in record["missing"] and len(record["missing"]) == 11
     assert record["generation"]["student"]["seed"] == 1 and record["generation"]["teacher"]["seed"] == 2
+    assert (record["generation"]["student"]["calls"], record["generation"]["teacher"]["calls"]) == (4, 4)
     assert scores["clip"]["count"] == 6 and scores["lpips"]["count"] == 3 and len(scores["clip"]["sha256"]) == 64
     assert record["versions"]["torch"] and record["pictures"] == {"student": 6, "teacher": 6}
     table = (tmp_path / "out" / "table.md").read_text()
@@ -125,7 +126,7 @@ def test_benchmark_pictures_and_results(made, tmp_path, capsys):
     (clone / "evaluation_metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     student = ["--student", str(root / "run"), "--out", str(tmp_path / "out")]
     assert main([*student, "--write", f"geneval={tmp_path / 'clone'}"]) == 0
-    assert "evaluation/evaluate_images.py" in capsys.readouterr().out
+    assert f"evaluation/evaluate_images.py {tmp_path / 'out' / 'geneval'} " in capsys.readouterr().out
     folder = tmp_path / "out" / "geneval"
     for i, row in enumerate(rows):  # what evaluate_images.py walks
         assert json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) == row
@@ -136,6 +137,32 @@ def test_benchmark_pictures_and_results(made, tmp_path, capsys):
     assert main([*student, "--read", f"geneval={result}"]) == 0
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| SenseFlow (published) | 4 | 0.7098 |" in table and "| 0.5000 | 1.0000 | 0.0000 |" in table
+
+
+def test_results_read_later_stand_beside_the_scores(made, tmp_path):
+    """--read by itself keeps what was scored, further metrics keep what was read; another student's is not kept."""
+    root, _ = made
+    (tmp_path / "a").mkdir()
+    for k in range(3):
+        sample.save_png(torch.full((3, 40, 40), 50 * k, dtype=torch.uint8), tmp_path / "a" / f"{k}.png")
+    (tmp_path / "r.jsonl").write_text(json.dumps(dict(tag="colors", correct=True)))
+    (tmp_path / "dpg.txt").write_text("DPG-Bench score: 80.5\n")
+    out = ["--out", str(tmp_path / "out")]
+    folder = ["--pictures", str(tmp_path / "a"), "--reference", str(tmp_path / "a"), *out, "--metrics", "fd-lite0-t"]
+
+    def record(argv):
+        assert main(argv) == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    first = record([*folder, "--read", f"geneval={tmp_path / 'r.jsonl'}"])
+    assert first["benchmarks"] == {"geneval": {"GenEval": 1.0, "colors": 1.0}} and first["scores"]["student"]
+    assert record(folder)["benchmarks"] == first["benchmarks"]
+    student = ["--student", str(root / "run"), *out, "--read"]
+    read = record([*student, f"geneval={tmp_path / 'r.jsonl'}"])
+    assert read["of"] == str(root / "run") and read["scores"] == {"student": {}, "teacher": {}}  # not the folder's
+    (tmp_path / "out" / "results.json").write_text(json.dumps(read | dict(scores=first["scores"])))
+    read = record([*student, f"dpg={tmp_path / 'dpg.txt'}"])
+    assert read["scores"] == first["scores"] and list(read["benchmarks"]) == ["geneval", "dpg"]
 
 
 def test_bad_input_is_one_line(made, tmp_path, capsys):
@@ -154,6 +181,18 @@ def test_bad_input_is_one_line(made, tmp_path, capsys):
     assert "is no folder of pictures" in error("--pictures", str(tmp_path / "none"), "--metrics", "clip")
     assert "--batch 0" in error(*student, "--batch", "0")
     assert "clone of the benchmark's repository" in error(*student, "--write", f"geneval={tmp_path}")
+    two = ("--write", f"geneval={tmp_path}", "--write", f"dpg={tmp_path}")
+    assert "allowed is one benchmark a command" in error(*student, *two)
+    assert "--steps 0: allowed is 1 to 8" in error(*student, "--prompts", "a", "--steps", "0")
+    assert "--teacher-steps 0: allowed is 1 to 1000" in error(*student, "--prompts", "a", "--teacher-steps", "0")
+    assert "--make-reference: allowed beside it is" in error("--make-reference", str(tmp_path), "--seed", "1")
+    (tmp_path / "prompts").mkdir()
+    for text in ("{cut", "[1]"):
+        (tmp_path / "prompts" / "evaluation_metadata.jsonl").write_text(text)
+        assert "is no metadata of GenEval" in error(*student, "--write", f"geneval={tmp_path}")
+    (tmp_path / "color" / "annotation_blip").mkdir(parents=True)
+    (tmp_path / "color" / "annotation_blip" / "vqa_result.json").write_text("[]")
+    assert "is no result of t2i-compbench" in error(*student, "--read", f"t2i-compbench={tmp_path}")
 
 
 @pytest.mark.slow

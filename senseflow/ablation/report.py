@@ -87,7 +87,8 @@ def table(group: str, records: Records) -> tuple[list[str], list[list[str]]]:
             continue
         ends = [([r["final"][k] for r in runs if k in r["final"]], digits) for k, _, digits in SCORES]
         cells = [interval(values, digits) if values else "-" for values, digits in ends]
-        cells.append(interval([r["best"][TESTED] for r in runs if TESTED in r["best"]], 1))
+        best = [r["best"][TESTED] for r in runs if TESTED in r["best"]]  # none: all ended before they were scored
+        cells.append(interval(best, 1) if best else "-")
         for name in ("fake_real_gap", "ida_drift"):
             values = [late(r["curves"][name]) for r in runs if name in r["curves"]]
             cells.append(interval(values, 3) if values else "-")
@@ -160,7 +161,7 @@ def draw(group: str, records: Records, file: Path) -> None:
                 low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
                 (line,) = axes.plot(x, mean, label=row.title, linewidth=1.5)
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        if k == 0:
+        if k == 0 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=100)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def layout(name: str, clone: Path, out: Path, images: int = 0, limit: int = 0) -
     return {"geneval": _geneval, "t2i-compbench": _compbench, "dpg": _dpg}[name](clone, out, n, limit)
 
 
+def named(path: Path) -> str:
+    """A path in a command that is run in another folder."""
+    return shlex.quote(str(path.absolute()))
+
+
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file} is not there: give the folder of a clone of the benchmark's repository")
@@ -60,12 +66,18 @@ def _lines(file: Path) -> list[str]:
 
 
 def _geneval(clone: Path, out: Path, n: int, limit: int) -> Layout:
-    rows = [json.loads(line) for line in _lines(clone / "prompts" / "evaluation_metadata.jsonl")]
-    rows = rows[: limit or len(rows)]
+    file = clone / "prompts" / "evaluation_metadata.jsonl"
+    lines = _lines(file)
+    try:
+        rows = [json.loads(line) for line in lines[: limit or len(lines)]]
+        prompts = [row["prompt"] for row in rows for _ in range(n)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no metadata of GenEval: {error!r}") from None
     files = [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for i in range(len(rows)) for k in range(n)]
     texts = {out / f"{i:05d}" / "metadata.jsonl": json.dumps(row) for i, row in enumerate(rows)}
-    hint = f"python evaluation/evaluate_images.py {out} --outfile {out / 'results.jsonl'} --model-path MODELS"
-    return Layout(files, [row["prompt"] for row in rows for _ in range(n)], texts, hint)
+    result = named(out / "results.jsonl")
+    hint = f"python evaluation/evaluate_images.py {named(out)} --outfile {result} --model-path MODELS"
+    return Layout(files, prompts, texts, hint)
 
 
 def _compbench(clone: Path, out: Path, n: int, limit: int) -> Layout:
@@ -78,7 +90,7 @@ def _compbench(clone: Path, out: Path, n: int, limit: int) -> Layout:
         for i, prompt in enumerate(prompt for prompt in lines for _ in range(n)):
             files.append(out / category / "samples" / f"{prompt}_{i:06d}.png")
             prompts.append(prompt)
-    hint = f"run each category's evaluator on {out}/CATEGORY/ (its Readme: BLIP_vqa.py, 2D_spatial_eval.py, ...)"
+    hint = f"run each category's evaluator on {named(out)}/CATEGORY/ (its Readme: BLIP_vqa.py, 2D_spatial_eval.py, ...)"
     return Layout(files, prompts, {}, hint)
 
 
@@ -92,7 +104,7 @@ def _dpg(clone: Path, out: Path, n: int, limit: int) -> Layout:
     names = names[: limit or len(names)]
     prompts = [" ".join(name.read_text(encoding="utf-8").split()) for name in names for _ in range(n)]
     files = [out / "parts" / f"{name.stem}-{k}.png" for name in names for k in range(n)]
-    hint = f"bash dpg_bench/dist_eval.sh {out / 'images'} SIDE_OF_ONE_PICTURE"
+    hint = f"bash dpg_bench/dist_eval.sh {named(out / 'images')} SIDE_OF_ONE_PICTURE"
     return Layout(files, prompts, {}, hint)
 
 
@@ -122,6 +134,8 @@ def read_results(name: str, path: Path) -> dict[str, float]:
 
 
 def _mean(values: list[Any]) -> float:
+    if not values:
+        raise ValueError("it is empty")
     return sum(map(float, values)) / len(values)
 
 

@@ -27,12 +27,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def calls(about: dict[str, Any]) -> str:
-    """Network calls of a picture, where the settings say."""
-    steps = about.get("steps")
-    if steps is None:
-        return ""
-    return str(steps * (2 if about.get("guidance", 1) != 1 and "teacher" in about else 1))
+def who(record: dict[str, Any], name: str = "student") -> str:
+    """The words of one of our own rows."""
+    return name if name == "teacher" else f"this student{': ' * bool(record['of'])}{record['of']}"
 
 
 def cell(name: str, value: float | None) -> str:
@@ -48,7 +45,7 @@ def rows_of(record: dict[str, Any], columns: list[str]) -> list[list[str]]:
         if name == "student" or scores:
             values = [cell(c, scores[c]["value"]) if c in scores else "-" for c in columns]
             about = record["generation"].get(name, {})
-            rows.append([name if name == "teacher" else f"this {name}: {record['of']}", calls(about), *values])
+            rows.append([who(record, name), str(about.get("calls", "")), *values])
     return rows
 
 
@@ -79,7 +76,7 @@ def tables(record: dict[str, Any], published: str) -> list[tuple[str, list[str],
             known = [
                 row + ["-"] * (len(columns) - 1) for row in published_rows(GENEVAL.get(published, []), columns[:1])
             ]
-        own = [f"this student: {record['of']}", "", *(cell(c, values.get(c)) for c in columns)]
+        own = [who(record), "", *(cell(c, values.get(c)) for c in columns)]
         found.append((name, ["generator", "NFE", *columns], [*known, own]))
     return found
 
