@@ -16,7 +16,7 @@ from tiny_pipelines import embedded_teacher, few_pictures
 
 from senseflow import ablate, checkpoint
 from senseflow.ablation.report import band, differences, parts_table, read_records, table, write_report
-from senseflow.ablation.rows import BASES, GROUPS, PARTS, command, rows_of
+from senseflow.ablation.rows import BASES, GROUPS, PARTS, UNSTABLE_PARTS, command, rows_of
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 from senseflow.cli import parse
 from senseflow.config import UserError
@@ -36,6 +36,8 @@ def test_interval_and_paired_test_are_scipys():
     assert paired({0: 1.0}, {1: 1.0}) is None
     single = paired({0: 1.0}, {0: 3.0})
     assert single is not None and single.p is None and single.mean == -2
+    same = paired({0: 0.5, 1: 1.0, 2: 2.0}, {0: 0.25, 1: 0.75, 2: 1.75})
+    assert same is not None and (same.mean, same.half, same.p, same.significant) == (0.25, 0.0, None, False)
 
 
 def test_holm_by_hand():
@@ -71,7 +73,7 @@ def test_every_row_is_a_valid_run_of_as_many_student_updates():
     sets = {row.name: parse(list(row.flags), "").config for rows in GROUPS.values() for row in rows}
     parts = {name: (c.ida.lam, c.isg.weight, c.disc.kind) for name, c in sets.items()}
     on, off = (0.97, 1.0, "vfm"), (1.0, 0.0, "fake_features")
-    for words, row, base in PARTS:  # the first row has the part, the second all else
+    for words, row, base in (*PARTS, *UNSTABLE_PARTS):  # the first row has the part, the second all else
         k = ("IDA", "ISG", "VFM").index(words[:3])
         assert parts[row][k] == on[k] and parts[base] == (*parts[row][:k], off[k], *parts[row][k + 1 :])
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from senseflow.ablation.rows import BASES, GROUPS, PARTS
+from senseflow.ablation.rows import BASES, GROUPS, PARTS, UNSTABLE_PARTS
 from senseflow.ablation.stats import Difference, holm, mean_and_half_width, paired
 from senseflow.config import UserError
 from senseflow.logs import FATAL
@@ -113,17 +113,19 @@ MEASURES = [("eval/kid", "dithered KID x1000", 2), ("eval/fd", "FD", 2), ("eval/
 
 
 def parts_table(records: Records) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): what each part changes, with it minus without over common seeds, p after Holm's correction over
-    the rows; of those parts whose two rows have records."""
-    there = [part for part in PARTS if part[1] in records and part[2] in records]
-    rows = [[words] for words, _, _ in there]
+    """(columns, rows): what each part changes, with it minus without over common seeds, p of each score after Holm's
+    correction over the parts of a family, tiny's rates or the unstable regime; of parts whose two rows have records."""
+    families = [[p for p in family if p[1] in records and p[2] in records] for family in (PARTS, UNSTABLE_PARTS)]
+    rows = [[words] for family in families for words, _, _ in family]
     for name, _, digits in MEASURES:
 
         def ends(row: str, name: str = name) -> dict[int, float]:
             values = {seed: at_end(record, name) for seed, record in records[row].items()}
             return {seed: value for seed, value in values.items() if value is not None}
 
-        found = holm({words: paired(ends(row), ends(base)) for words, row, base in there})
+        found: dict[str, Difference | None] = {}
+        for family in families:
+            found |= holm({words: paired(ends(row), ends(base)) for words, row, base in family})
         for line in rows:
             d = found[line[0]]
             cell = "-" if d is None else shown(d.mean, digits)

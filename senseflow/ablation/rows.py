@@ -77,13 +77,15 @@ GROUPS: dict[str, list[Row]] = {
         Row("harsh-full-no-ida", "the same without IDA", ("tiny", *HARSH, "--ida.lam", "1")),
     ],
 }  # fmt: skip
-# What one part does: (in words, the row with it, the same without).
+# What one part does: (in words, the row with it, the same without). Two families of tests: tiny's rates, a slow fake.
 PARTS = (
     ("IDA, added to DMD2", "dmd2-ida", "dmd2"),
     ("IDA, in the whole", "full", "full-no-ida"),
     ("ISG, added to DMD2 +IDA", "dmd2-ida-isg", "dmd2-ida"),
     ("ISG, in the whole", "full", "full-no-isg"),
     ("VFM discriminator for DMD2's classifier", "full", "dmd2-ida-isg"),
+)
+UNSTABLE_PARTS = (
     ("IDA, added to DMD2; unstable regime", "harsh-dmd2-ida", "harsh-dmd2"),
     ("IDA, in the whole; unstable regime", "harsh-full", "harsh-full-no-ida"),
 )

@@ -28,7 +28,8 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Difference:
     """A row minus its base over the seeds that both have: mean, half width of its 95 % interval, p of a two-sided
-    paired t-test, and that p after Holm's correction over the rows of the group. p is None for fewer than 2 seeds."""
+    paired t-test, and that p after Holm's correction over the rows of the group. p is None for fewer than 2 seeds,
+    and where all differ by the same."""
 
     mean: float
     half: float
@@ -54,7 +55,9 @@ def paired(row: dict[int, float], base: dict[int, float]) -> Difference | None:
     if len(gaps) < 2:
         return Difference(mean, half, 1, None)
     error = half / t_quantile(1 - ALPHA / 2, len(gaps) - 1)
-    p = 1.0 if mean == 0 else 0.0 if error == 0 else float(2 * t.sf(abs(mean) / error, len(gaps) - 1))
+    if error == 0:  # the same difference in every seed, as of a score in coarse steps: no spread to test it by
+        return Difference(mean, half, len(gaps), 1.0 if mean == 0 else None)
+    p = float(2 * t.sf(abs(mean) / error, len(gaps) - 1))
     return Difference(mean, half, len(gaps), p)
 
 
