@@ -111,7 +111,9 @@ def test_table_and_bands_from_records(tmp_path):
     assert half[1] == pytest.approx(4.302652729911275 * 3 / 3**0.5)  # t(.975, 2) x deviation / sqrt(3)
     columns, rows = parts_table(records)
     assert columns[:2] == ["with it minus without", "dithered KID x1000"]
-    assert rows == [["IDA, in the whole", "-2.00", "-", "-", "0.000", "-"]]  # one common seed; no ISG without IDA here
+    assert rows == [
+        ["IDA, in the whole", "-2.00", "-2.00", "-", "-", "0.000", "-"]
+    ]  # one seed; no ISG without IDA here
     kids = {"dmd2-ida": [31.0, 33.0, 35.5]}
     both = records | {row: {s: made_record(row, s, kid) for s, kid in enumerate(k)} for row, k in kids.items()}
     (ida, _), p = parts_table(both)[1], scipy_stats.ttest_rel(kids["dmd2-ida"], scores["dmd2"]).pvalue
