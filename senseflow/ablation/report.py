@@ -56,7 +56,8 @@ def read_records(folder: Path) -> Records:
 
 
 def shown(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def interval(values: list[float], digits: int) -> str:
