@@ -19,9 +19,11 @@ LOWER = {
     "conv3d", "conv_transpose2d", "scaled_dot_product_attention",
 }  # fmt: skip
 FP32 = {
-    "layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "softplus", "mse_loss", "l1_loss", "pow",
+    "layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "mse_loss", "l1_loss", "pow",
     "__pow__", "rsqrt", "reciprocal", "exp", "log", "norm", "sum", "prod", "cumsum", "cumprod",
 }  # fmt: skip
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):  # 2.14 has it there, 2.11 has not; between: not seen
+    FP32.add("rms_norm")
 WIDEST = {"cat", "stack", "addcmul", "addcdiv", "dot", "index_put", "scatter_add"}
 
 _active: list[_Mode] = []
