@@ -55,6 +55,7 @@ def test_training_setup(preset, lr, iterations, omega, dmd_law, fake_law, shift)
     assert c.disc.taps == (-1, 2, 5, 8, 10, 14, 19, 23) and c.disc.backbone == "facebook/dinov2-large"
     assert c.disc.text == ("pooled" if preset == "sdxl" else "clip-l")
     assert (c.data.batch, c.rollout.backward_prob, c.ema.decay) == (8, 0.5, 0)
+    assert (c.model.side, c.model.dtype, c.model.decode) == (1024, "bf16", "bf16")
 
 
 @pytest.mark.parametrize("base", ["tiny", "sd35-large", "sd35-medium", "flux-dev", "sdxl", "flux2-klein"])
