@@ -3,7 +3,8 @@
 Every form trains its own copy of the same weights on the same batches and draws, in turns within one process, so a
 form's time stands beside another's for the very same rollout length. Losses are compared before anything is timed.
 Forms: ours (senseflow.train.iterate), and without one of its savings; released (bench.released, the published order),
-and with one of its wastes off at a time; `released, compiled` (tuned-eager: the same with fused AdamW, compiled as by
+and with one of its wastes off at a time; all of them decode in fp32 as published, whatever --model.decode says, but for
+`ours, model.decode bf16`; `released, compiled` (tuned-eager: the same with fused AdamW, compiled as by
 `--compile blocks`), and tuned, which has every waste off besides; `ours, compile` is compiled too, `ours, graphs` (with
 a GPU) is replayed: its networks are called at captures alone, so their pictures are not counted. With `--disc.kind
 none` and what bench.modelopt.FLAGS or bench.fastgen.FLAGS has: ours beside nvidia-modelopt's DMD2 or FastGen's, where
@@ -168,10 +169,10 @@ def forms(cfg: Any, parts: Parts, only: list[str]) -> dict[str, tuple[Iterate, C
                 own = replace(own, disc=replace(own.disc, **{field: False}))
         mine, counts = mine_of(own)
         if name.endswith("decode bf16"):
-            own_vae: Any = copy.copy(mine.adapter.adapter)  # type: ignore[attr-defined]
-            own_vae.vae = copy.deepcopy(own_vae.vae)
-            decode_in(own_vae.vae, torch.bfloat16)
-            mine.adapter.adapter = own_vae  # type: ignore[attr-defined]
+            adapter: Any = copy.copy(mine.adapter.adapter)  # type: ignore[attr-defined]
+            adapter.vae = copy.deepcopy(adapter.vae)
+            decode_in(adapter.vae, torch.bfloat16)
+            mine.adapter.adapter = adapter  # type: ignore[attr-defined]
         if switches is not None:
             made[name] = ReleasedLoop(own, mine, switches).iterate, counts
         elif name == "modelopt":
